@@ -1,0 +1,1 @@
+"""Measured figures: each module prints a table, and with `--json FILE|-` one flat JSON object."""

@@ -1,0 +1,144 @@
+"""From the recipe's `data` section to the streams of samples that a run trains and validates on.
+
+    text, JSON Lines, parquet --tokenizer--> .bin/.idx --documents--> train | validation --> samples
+
+Sources that are text are prepared into the cache at the first start. The validation fraction is
+taken by document, evenly spread over each source (of 233 documents and 0.05: 12, every 19th or
+20th), and depends on nothing but the number of documents: runs with different seeds are validated
+on the same tokens, and none of them trains on any.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.config import DataConfig, Source
+from data.indexed import IndexedDataset
+from data.order import Blend
+from data.sources import find_tokenizer, locate, open_source
+from data.stream import PackedDocuments, SampleStream
+from errors import DataError
+
+Part = tuple[IndexedDataset, np.ndarray]  # a dataset and the numbers of the documents to use
+
+
+@dataclass(frozen=True)
+class Data:
+    """Open data of a run.
+
+    Attributes:
+        train: endless.
+        validation: None if there is none.
+        tokenizer_path: file of the tokenizer, None if training runs on prepared tokens alone.
+        sources: one flat dict per source, for the run's manifest: role, source, prefix, tokens,
+            documents, idx_sha256,
+            bin_bytes, bin_sha256 (None for files that we did not make: hashing them would take a
+            pass).
+    """
+
+    train: SampleStream
+    validation: SampleStream | None
+    tokenizer_path: Path | None
+    sources: tuple[dict[str, Any], ...]
+
+    def hashes(self) -> list[dict[str, Any]]:
+        """`sources`, for the run manifest."""
+        return list(self.sources)
+
+    def description(self) -> str:
+        """One line per source and stream, for people."""
+        lines = [
+            f"{s['role']} {s['source']}: {s['tokens']:,} tokens, {s['documents']:,} documents, "
+            + (f"sha256 {s['bin_sha256'][:12]}" if s["bin_sha256"] else "tokens not hashed")
+            for s in self.sources
+        ]
+        for name, stream in (("train", self.train), ("validation", self.validation)):
+            if stream is not None:
+                lines.append(f"{name}: {stream.num_samples:,} samples of {stream.seq_len:,} tokens")
+        return "\n".join(lines)
+
+
+def open_data(config: DataConfig, *, vocab_size: int, seq_len: int, seed: int) -> Data:
+    """Prepare what is not prepared, open and check everything. Many ranks of a node may call this
+    at once.
+
+    Args:
+        vocab_size: ids of the model; every token must be below.
+        seq_len: S, tokens that a sample predicts.
+        seed: of the shuffles; not of the validation split.
+    Raises:
+        DataError, UsageError: a source or the tokenizer cannot be used.
+    """
+    train, own, fraction = _weighted(config.train), [], None
+    if isinstance(config.validation, int | float):
+        fraction = config.validation
+    elif config.validation is not None:
+        own = _weighted(config.validation)
+    train_paths, own_paths = ([path for _, path in blend] for blend in (train, own))
+    try:
+        tokenizer = find_tokenizer(config, train_paths, own_paths, vocab_size)
+        opened = [
+            open_source(config, path, tokenizer, vocab_size) for path in train_paths + own_paths
+        ]
+    except OSError as error:
+        raise DataError(f"{error.filename or config.cache}: {error.strerror}") from None
+    datasets = [dataset for dataset, _ in opened]
+    training = held_out = [(dataset, np.arange(dataset.num_documents)) for dataset in datasets]
+    if fraction:
+        splits = [(dataset, *split_documents(dataset, fraction)) for dataset in datasets]
+        training = [(dataset, chosen) for dataset, chosen, _ in splits]
+        held_out = [(dataset, chosen) for dataset, _, chosen in splits]
+
+    def stream(blend: list[tuple[float, Path]], parts: list[Part], shuffled: bool) -> SampleStream:
+        packed = [
+            PackedDocuments(dataset, documents, seq_len, (seed, index) if shuffled else None)
+            for index, (dataset, documents) in enumerate(parts)
+        ]
+        weights = [weight for weight, _ in blend]
+        return SampleStream(
+            packed, Blend(weights), endless=shuffled, reset=config.reset_at_document
+        )
+
+    validation = None
+    if fraction:
+        validation = stream(train, held_out, shuffled=False)
+    elif own:
+        validation = stream(own, held_out[len(train) :], shuffled=False)
+    roles = ["train"] * len(train) + ["validation"] * len(own)
+    return Data(
+        train=stream(train, training[: len(train)], shuffled=True),
+        validation=validation,
+        tokenizer_path=tokenizer,
+        sources=tuple(
+            {"role": role, **info} for role, (_, info) in zip(roles, opened, strict=True)
+        ),
+    )
+
+
+def split_documents(dataset: IndexedDataset, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the training and of the validation documents; the latter evenly spread.
+
+    Raises:
+        DataError: there is only one document.
+    """
+    count = dataset.num_documents
+    if count < 2:
+        raise DataError(
+            f"{dataset.bin_path} has {count} document, so no part of them can be held out; "
+            "set data.validation to a file or null, or cut plain text with data.documents=blank"
+        )
+    held_out = max(1, round(count * fraction))
+    chosen = (2 * np.arange(held_out) + 1) * count // (2 * held_out)
+    return np.delete(np.arange(count), chosen), chosen
+
+
+def _weighted(source: Source) -> list[tuple[float, Path]]:
+    """(weight, path) of each source of a blend."""
+    pairs = (
+        [(1.0, source)] if isinstance(source, str) else zip(source[::2], source[1::2], strict=True)
+    )
+    return [(float(weight), locate(str(path))) for weight, path in pairs]

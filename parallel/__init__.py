@@ -1,0 +1,1 @@
+"""Where a tensor lives and how it moves: device mesh, sharded checkpoints."""

@@ -1,0 +1,368 @@
+"""Sharded checkpoints: each rank gives the fragments that it holds, the checkpoint knows only logical tensors.
+
+    RUN/checkpoints/step-00000010/
+        __<rank>_<n>.distcp, .metadata   torch.distributed.checkpoint: boxes of logical tensors, and their index
+        meta.json                        step, number of ranks, logical shapes, and what the run wants to find again
+        manifest.json                    size and SHA-256 of every file above, written last
+
+Keys are `<kind>/<parameter>` ("weight/layers.0.attention.qkv.weight", "exp_avg/...") and, for what belongs to a
+rank rather than to the model, `rng/<kind>/<rank>`. Only tensors go through DCP; everything else is JSON; nothing
+is unpickled without restriction (dcp_index.py). Because a key speaks of the whole logical tensor, a checkpoint does not
+depend on the ZeRO stage or on the number of ranks that saved it.
+
+Saving is three agreements of all ranks (agree.py): the directory is there; the data is written; every file is
+synced and hashed and the directory renamed. Until the last rename the older checkpoints and the pointer are as
+they were; after any failure every rank raises the same CheckpointError and the unfinished directory is removed.
+
+Loading is two: `resolve` (or `open_checkpoint`) verifies every file, each rank a share, and returns a `Checkpoint`;
+`load` compares names, shapes and types with the live fragments and fills them in place.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
+
+from errors import CheckpointError
+from parallel import catalog, dcp
+from parallel.agree import Ranks
+from parallel.dcp_index import INDEX_FILE, read_index, tensors
+from parallel.manifest import FileRecord, read_manifest, seal, share, to_json, verify, write_manifest, write_text
+
+log = logging.getLogger(__name__)
+
+META_FILE = "meta.json"
+RNG = "rng"
+WEIGHT = "weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are saved and how many are kept.
+
+    interval: steps between checkpoints; the last step is saved too; 0: no checkpoints at all.
+    keep: how many of the newest checkpoints stay on disk.
+    """
+
+    interval: int = 0
+    keep: int = 3
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, as messages for the user; empty if nothing is."""
+        found = []
+        if self.interval < 0:
+            found.append(f"interval is {self.interval}; use a number of steps, or 0 for no checkpoints")
+        if self.keep < 1:
+            found.append(f"keep is {self.keep}; at least 1 checkpoint must stay")
+        return found
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether a checkpoint is to be saved after `step` of a run that ends with `last_step`."""
+        return self.interval > 0 and (step % self.interval == 0 or step == last_step)
+
+
+class Fragment(Protocol):
+    """A contiguous part of one parameter, and of its optimizer states, as the optimizer holds them.
+
+    name: logical name of the parameter.
+    shape: logical shape of the whole parameter.
+    offset: first element of the part in the row-major flattened parameter.
+    tensors: kind ("weight": the master if there is one, "exp_avg", ...) -> contiguous vector of the part's elements.
+        `save` reads these tensors and `load` writes into them: they are views of live memory.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def tensors(self) -> Mapping[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose every file was found as its manifest says. Made by `open_checkpoint`, never by hand."""
+
+    path: Path
+    step: int
+    meta: dict[str, Any]  # what was given to `save`
+    saved_ranks: int
+    shapes: dict[str, tuple[int, ...]] = field(repr=False)  # parameter name -> logical shape
+    index: Metadata = field(repr=False)
+
+
+def save(
+    run_dir: Path,
+    step: int,
+    fragments: Sequence[Fragment],
+    meta: dict[str, Any],
+    *,
+    rng: Mapping[str, Tensor] | None = None,
+    group: dist.ProcessGroup | None = None,
+    keep: int = 3,
+) -> Path:
+    """Write the checkpoint after `step` and make it the newest; return its directory. Collective over `group`.
+
+    fragments: this rank's; over all ranks they hold every element once, or all ranks hold the same ones, which are
+        then written once, spread over the ranks.
+    meta: JSON-able, the same on all ranks (that of rank 0 is written).
+    rng: kind -> state of a generator of this rank, the same kinds on all ranks.
+    keep: older checkpoints beyond this number are deleted afterwards.
+
+    Raises CheckpointError on every rank if any rank fails; older checkpoints and the pointer are then untouched.
+    """
+    ranks = Ranks.of(group)
+    root = Path(run_dir) / catalog.FOLDER
+    folder = root / (catalog.folder_name(step) + catalog.UNFINISHED)
+    what = f"cannot save the checkpoint of step {step}"
+    state: dcp.State = {}
+
+    def gather() -> dict[str, tuple[int, ...]]:
+        state.update(_state(fragments) | _rng_state(rng or {}, ranks.rank))
+        return {fragment.name: tuple(fragment.shape) for fragment in fragments}
+
+    def prepare(per_rank: list[dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+        catalog.begin(root, step)
+        return _merge(per_rank)
+
+    def complete(per_rank: list[dict[str, FileRecord]]) -> Path:
+        write_manifest(folder, {name: record for records in per_rank for name, record in records.items()})
+        final = catalog.publish(folder)
+        catalog.prune(root, keep)
+        return final
+
+    try:
+        shapes = ranks.agree(gather, prepare, what)
+        dcp.write(folder, state, ranks, what)
+        content = {"step": step, "ranks": ranks.size, "shapes": shapes, "run": meta}
+        return ranks.agree(lambda: _finish_files(folder, content, ranks.rank), complete, what)
+    except Exception:
+        ranks.agree(lambda: None, lambda _: catalog.abandon(folder), what)
+        raise
+
+
+def _state(fragments: Sequence[Fragment]) -> dcp.State:
+    """Views of the fragments' memory, keyed as in the checkpoint."""
+    state: dcp.State = {}
+    for fragment in fragments:
+        for kind, tensor in fragment.tensors.items():
+            shards = state.setdefault(f"{kind}/{fragment.name}", dcp.Shards(tuple(fragment.shape)))
+            shards.add(tensor, fragment.offset)
+    return state
+
+
+def _rng_state(rng: Mapping[str, Tensor], rank: int) -> dcp.State:
+    """The generator states of this rank, keyed as in the checkpoint."""
+    return {f"{RNG}/{kind}/{rank}": _whole(tensor) for kind, tensor in rng.items()}
+
+
+def _merge(per_rank: list[dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    """One table of shapes from those of all ranks, which must not contradict each other."""
+    merged: dict[str, tuple[int, ...]] = {}
+    for table in per_rank:
+        for name, shape in table.items():
+            if merged.setdefault(name, shape) != shape:
+                raise ValueError(f"{name} has shape {shape} on one rank and {merged[name]} on another")
+    return merged
+
+
+def _finish_files(folder: Path, content: dict[str, Any], rank: int) -> dict[str, FileRecord]:
+    """Sync and hash what this rank wrote; rank 0 also writes meta.json and answers for the index."""
+    mine = list(folder.glob(dcp.file_prefix(rank) + "*"))
+    if rank == 0:
+        write_text(folder / META_FILE, to_json(content))
+        mine += [folder / META_FILE, folder / INDEX_FILE]
+    return seal(mine)
+
+
+def open_checkpoint(path: Path, group: dist.ProcessGroup | None = None) -> Checkpoint:
+    """Verify the checkpoint in directory `path` and read what describes it. Collective over `group`.
+
+    Each rank reads and hashes a share of the files. Raises CheckpointError on every rank, naming file and defect.
+    """
+    return _open(Path(path), Ranks.of(group))
+
+
+def _open(path: Path, ranks: Ranks) -> Checkpoint:
+    def check() -> None:
+        verify(path, share(read_manifest(path), ranks.rank, ranks.size))
+
+    def describe(_: list[None]) -> Checkpoint:
+        content = _read_meta(path)
+        return Checkpoint(
+            path=path,
+            step=content["step"],
+            meta=content["run"],
+            saved_ranks=content["ranks"],
+            shapes={name: tuple(shape) for name, shape in content["shapes"].items()},
+            index=read_index(path, set(read_manifest(path))),
+        )
+
+    return ranks.agree(check, describe, f"checkpoint {path} cannot be used")
+
+
+def newest(run_dir: Path, group: dist.ProcessGroup | None = None) -> Checkpoint | None:
+    """The newest valid checkpoint of a run, None if it has none at all. Collective over `group`.
+
+    A damaged one is named in the log and the next older one is taken. Raises CheckpointError if all are damaged.
+    """
+    ranks = Ranks.of(group)
+    root = Path(run_dir) / catalog.FOLDER
+    # Rank 0's view of the directory decides: another node may see a stale one.
+    candidates = ranks.agree(
+        lambda: catalog.by_age(root) if ranks.rank == 0 else [], lambda found: found[0], f"cannot read {root}"
+    )
+    for path in candidates:
+        try:
+            return _open(path, ranks)
+        except CheckpointError as error:
+            if ranks.rank == 0:
+                log.error("DAMAGED CHECKPOINT, TRYING AN OLDER ONE: %s", error)
+    if candidates:
+        raise CheckpointError(
+            f"no checkpoint in {root} is valid (tried {len(candidates)}; the log says why); "
+            "choose another with --resume PATH, or start anew with --resume never"
+        )
+    return None
+
+
+def resolve(run_dir: Path, how: str, group: dist.ProcessGroup | None = None) -> Checkpoint | None:
+    """The checkpoint to resume from, verified. Collective over `group`.
+
+    how: "auto": the newest valid one of the run, if any; "never": none; else the path of a checkpoint, or of a run,
+    whose newest one is meant. Raises CheckpointError if a path was given and it is not a valid checkpoint.
+    """
+    if how == "never":
+        return None
+    if how == "auto":
+        return newest(run_dir, group)
+    return open_checkpoint(locate(Path(how)), group)
+
+
+def set_aside(run_dir: Path) -> Path | None:
+    """Keep the checkpoints of an earlier run under another name, so that a new run can start in the same directory.
+
+    Returns where they are now, None if there were none. For one rank, before the first `save`. Raises CheckpointError.
+    """
+    root = Path(run_dir) / catalog.FOLDER
+    try:
+        return catalog.set_aside(root)
+    except OSError as error:
+        raise CheckpointError(f"cannot set the earlier checkpoints in {root} aside: {error.strerror}") from error
+
+
+def locate(path: Path) -> Path:
+    """The checkpoint directory that a user's path means: itself, or the one that a run's pointer names."""
+    return catalog.pointed(path / catalog.FOLDER) or path
+
+
+def load(
+    checkpoint: Checkpoint, fragments: Sequence[Fragment], group: dist.ProcessGroup | None = None
+) -> dict[str, Tensor]:
+    """Fill the fragments' tensors in place; return this rank's generator states. Collective over `group`.
+
+    The fragments need not be cut as they were when saved. Generator states come back only if as many ranks load as
+    saved; otherwise the result is empty, a warning is logged, and the caller seeds anew.
+
+    Raises CheckpointError if names, shapes or types differ, before any tensor is written.
+    """
+    ranks = Ranks.of(group)
+    state: dcp.State = {}
+
+    def gather() -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        state.update(_state(fragments))
+        return {key: (shards.shape, shards.dtype) for key, shards in state.items()}
+
+    ranks.agree(
+        gather,
+        functools.partial(_compare, checkpoint),
+        f"checkpoint {checkpoint.path} is of another model or optimizer",
+    )
+    rng: dict[str, Tensor] = {}
+    if ranks.size == checkpoint.saved_ranks:
+        rng = _empty(checkpoint, lambda key: key.startswith(f"{RNG}/") and key.endswith(f"/{ranks.rank}"))
+    elif ranks.rank == 0:
+        log.warning(
+            "the checkpoint holds random states of %d ranks, this run has %d: they are seeded anew",
+            checkpoint.saved_ranks,
+            ranks.size,
+        )
+    dcp.read(checkpoint.path, checkpoint.index, state | {key: _whole(tensor) for key, tensor in rng.items()}, ranks)
+    return {key.split("/")[1]: tensor for key, tensor in rng.items()}
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """All weights of the verified checkpoint `path` (or of a run's newest), by name, as logical CPU tensors.
+
+    Types are as stored: FP32 where the run had master weights. Not collective: this process reads everything.
+    Raises CheckpointError.
+    """
+    checkpoint = _open(locate(Path(path)), Ranks())
+    weights = _empty(checkpoint, lambda key: key.startswith(f"{WEIGHT}/"))
+    dcp.read(checkpoint.path, checkpoint.index, {key: _whole(t) for key, t in weights.items()}, Ranks())
+    by_name = {key.removeprefix(f"{WEIGHT}/"): tensor for key, tensor in weights.items()}
+    return {name: tensor.view(checkpoint.shapes[name]) for name, tensor in by_name.items()}
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """What was given to `save` as `meta`, from the checkpoint `path` (or a run's newest); only this file is verified.
+
+    Raises CheckpointError.
+    """
+    return _read_meta(locate(Path(path)))["run"]
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    record = read_manifest(path).get(META_FILE)
+    if record is None:
+        raise CheckpointError(f"{path}: the manifest does not list {META_FILE}")
+    verify(path, {META_FILE: record})
+    return json.loads((path / META_FILE).read_text(encoding="utf-8"))
+
+
+def _empty(checkpoint: Checkpoint, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Uninitialised CPU tensors of the stored shape for the keys that are wanted."""
+    return {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in tensors(checkpoint.index).items()
+        if wanted(key)
+    }
+
+
+def _whole(tensor: Tensor) -> dcp.Shards:
+    """A contiguous tensor as the only box of itself."""
+    shards = dcp.Shards(tuple(tensor.shape))
+    shards.add(tensor.view(-1), 0)
+    return shards
+
+
+def _compare(checkpoint: Checkpoint, per_rank: list[dict[str, tuple[tuple[int, ...], torch.dtype]]]) -> None:
+    """Raise CheckpointError listing where saved and live tensors (of all ranks) differ."""
+    live = {key: entry for table in per_rank for key, entry in table.items()}
+    saved = {
+        key: (checkpoint.shapes.get(key.split("/", 1)[1]), entry.properties.dtype)
+        for key, entry in tensors(checkpoint.index).items()
+        if not key.startswith(f"{RNG}/")
+    }
+    differing = sorted(key for key in live.keys() | saved.keys() if live.get(key) != saved.get(key))
+    if not differing:
+        return
+    lines = [f"{key}: saved {_brief(saved.get(key))}, needed {_brief(live.get(key))}" for key in differing[:5]]
+    more = [f"... and {len(differing) - 5} more"] if differing[5:] else []
+    raise CheckpointError("\n  ".join([f"{len(differing)} tensors differ", *lines, *more]))
+
+
+def _brief(entry: tuple[tuple[int, ...] | None, torch.dtype] | None) -> str:
+    return "not at all" if entry is None else f"{str(entry[1]).removeprefix('torch.')} {list(entry[0] or ())}"

@@ -1,0 +1,381 @@
+"""Recipes: strict YAML -> overrides -> one frozen tree of dataclasses, every violation listed at once.
+
+    base: base/llama_10m.yaml      # single inheritance: maps merge key by key, everything else is replaced
+    optimizer: {lr: 3e-3}          # a key that no section knows is an error with the nearest valid one
+
+Precedence: base < recipe < `a.b=c` on the command line. Each section's dataclass lives beside the code that it
+configures and says itself what is invalid (`problems()`); the sections that configure the run as a whole are here.
+The resolved tree is written to the run directory as resolved.yaml; `--recipe RUN/resolved.yaml` is the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from data.loader import DataConfig
+from errors import UsageError
+from lowprec.optim import OptimizerConfig
+from lowprec.zero import ZeroConfig
+from model.config import ModelConfig
+from parallel.checkpoint import CheckpointConfig
+from parallel.mesh import ParallelConfig
+from report.metrics import MetricsConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """dir: the run's directory (`{name}` is the recipe's name); metrics, log and checkpoints are written there."""
+
+    dir: str = "runs/{name}"
+
+    def problems(self) -> list[str]:
+        return [] if self.dir else ["dir is empty; name a directory"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, batch and seed of the run.
+
+    steps:        optimizer steps of the whole run
+    stop_at:      stop after this step as if preempted: save, then exit with 75
+    global_batch: sequences a step, over all ranks and micro-batches
+    micro_batch:  sequences a forward on one rank
+    seq_len:      tokens a sequence
+    seed:         of the initial weights and of the data order
+    z_loss:       weight of the mean squared log-partition function (PaLM, arXiv 2204.02311, uses 1e-4; 0: off)
+    compile:      torch.compile the blocks and the loss; auto: where a C++ compiler is found and ZeRO leaves the
+                  weights whole (stages 0-2)
+    """
+
+    steps: int
+    stop_at: int | None = None
+    global_batch: int
+    micro_batch: int
+    seq_len: int
+    seed: int = 0
+    z_loss: float = 0.0
+    compile: bool | Literal["auto"] = "auto"
+
+    def problems(self) -> list[str]:
+        sizes = ("steps", "global_batch", "micro_batch", "seq_len")
+        found = [f"{key} is {getattr(self, key)}; it must be at least 1" for key in sizes if getattr(self, key) < 1]
+        if self.stop_at is not None and not 1 <= self.stop_at <= self.steps:
+            found.append(f"stop_at is {self.stop_at}; it must be between 1 and train.steps ({self.steps})")
+        if self.z_loss < 0:
+            found.append(f"z_loss is {self.z_loss}; it must not be negative")
+        if not found and self.global_batch % self.micro_batch:
+            found.append(f"global_batch {self.global_batch} is not divisible by train.micro_batch {self.micro_batch}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate over the run, as a factor of optimizer.lr.
+
+    kind:   constant, linear or cosine (from the end of the warm-up to the last step), or wsd: warm-up, stable,
+            linear decay over the last part
+    warmup: length of the linear warm-up: steps, or a fraction of train.steps if below 1
+    decay:  wsd only: length of the decay, likewise
+    final:  factor at the last step
+    """
+
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "wsd"
+    warmup: float = 0.02
+    decay: float = 0.2
+    final: float = 0.1
+
+    def problems(self) -> list[str]:
+        found = [
+            f"{key} is {getattr(self, key)}; it must not be negative"
+            for key in ("warmup", "decay")
+            if getattr(self, key) < 0
+        ]
+        if not 0 <= self.final <= 1:
+            found.append(f"final is {self.final}; it must be in [0, 1]")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Validation during the run.
+
+    interval: steps between validations; the last step is validated too (0: never)
+    samples:  validation sequences each time (the first ones, in order; null: all)
+    bigram:   at the end, print the cross-entropy of an interpolated bigram model on the same tokens
+    """
+
+    interval: int = 0
+    samples: int | None = None
+    bigram: bool = False
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.interval < 0:
+            found.append(f"interval is {self.interval}; use a number of steps, or 0 for never")
+        if self.samples is not None and self.samples < 1:
+            found.append(f"samples is {self.samples}; it must be at least 1, or null for all")
+        if self.bigram and (not self.interval or self.samples):
+            found.append("bigram is true; it needs eval.interval above 0 and eval.samples null, all validation tokens")
+        return found
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether to validate after `step` of a run that ends with `last_step`."""
+        return self.interval > 0 and (step % self.interval == 0 or step == last_step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides what a run computes.
+
+    name:        of the run; by default the file's name
+    description: one line for `train.py --list`
+    device:      auto (CUDA if there is one), cpu (gloo) or cuda (NCCL)
+    """
+
+    name: str
+    description: str = ""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    def problems(self, world_size: int) -> list[str]:
+        """Every violation, of one section or across sections, on `world_size` ranks; empty when it can run."""
+        found = [
+            f"{section.name}.{message}"
+            for section in dataclasses.fields(self)
+            if dataclasses.is_dataclass(value := getattr(self, section.name))
+            for message in value.problems()  # pyright: ignore[reportAttributeAccessIssue]
+        ]
+        return found or [*self._layout_problems(world_size), *self._schedule_problems()]
+
+    def _layout_problems(self, world_size: int) -> list[str]:
+        tp, pp = self.parallel.tp, self.parallel.pp
+        if world_size % (tp * pp):
+            return [f"{world_size} processes are not divisible by parallel.tp x parallel.pp = {tp} x {pp}"]
+        found = []
+        dp, train = world_size // (tp * pp), self.train
+        if train.global_batch % (train.micro_batch * dp):
+            found.append(
+                f"train.global_batch {train.global_batch} is not divisible by train.micro_batch x data-parallel ranks "
+                f"= {train.micro_batch} x {dp}; change one of them, or the number of processes"
+            )
+        if self.model.num_heads % tp:
+            found.append(f"model.num_heads {self.model.num_heads} is not divisible by parallel.tp {tp}")
+        if self.train.compile is True and self.zero.stage == 3:
+            found.append(
+                "train.compile is true with zero.stage 3, which gathers weights inside the compiled region; "
+                "use train.compile=auto or zero.stage=2"
+            )
+        return found
+
+    def _schedule_problems(self) -> list[str]:
+        steps, schedule = self.train.steps, self.schedule
+        warmup = in_steps(schedule.warmup, steps)
+        decay = in_steps(schedule.decay, steps) if schedule.kind == "wsd" else 0
+        if warmup + decay > steps:
+            return [f"schedule.warmup ({warmup} steps) and schedule.decay ({decay}) exceed train.steps ({steps})"]
+        return []
+
+
+def in_steps(length: float, steps: int) -> int:
+    """A length of a schedule in steps: itself, or a fraction of the run if below 1."""
+    return round(length * steps) if length < 1 else round(length)
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML 1.2 scalars: 3e-4 is a number, only true/false are booleans, 1:30 is a string. No duplicate keys."""
+
+    yaml_implicit_resolvers = {
+        first: [pair for pair in pairs if pair[0].rpartition(":")[2] not in {"bool", "int", "float", "timestamp"}]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a string", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|false", "tf"),
+    ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789"),
+    ("float", r"[-+]?(\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+|\d[\d_]*\.[\d_]*|\.\d+([eE][-+]?\d+)?)", "-+.0123456789"),
+):
+    RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), list(_first))
+# YAML 1.1 would read a leading zero as octal.
+RecipeLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value.replace("_", "")))
+
+
+def load_yaml(text: str, source: str) -> Any:
+    """Parse strict YAML; a syntax error becomes a UsageError naming source, line and column."""
+    try:
+        return yaml.load(text, RecipeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{source}, line {mark.line + 1}, column {mark.column + 1}" if mark else source
+        raise UsageError(f"{where}: {getattr(error, 'problem', error)}") from None
+
+
+def find(name: str) -> Path:
+    """The file of a recipe: a path, or a name in recipes/."""
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml"} or path.parent != Path("."):
+        if path.is_file():
+            return path
+        raise UsageError(f"no recipe file {path}")
+    if (RECIPES / f"{name}.yaml").is_file():
+        return RECIPES / f"{name}.yaml"
+    names = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+    raise UsageError(f"no recipe {name!r}{_nearest(name, names)}; `python train.py --list` shows all {len(names)}")
+
+
+def read(path: Path, inheriting: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys of a recipe file merged over those of its `base`."""
+    if path.resolve() in inheriting:
+        raise UsageError(f"{path}: `base` leads back to itself")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read recipe {path}: {error}") from None
+    tree = load_yaml(text, str(path))
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path}: a recipe is a map of sections, found {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str):
+        raise UsageError(f"{path}: base is {base!r}; it must be one file name")
+    for candidate in (path.parent / base, RECIPES / base, RECIPES / f"{base}.yaml"):
+        if candidate.is_file():
+            return merge(read(candidate, (*inheriting, path.resolve())), tree)
+    raise UsageError(f"{path}: base {base!r} is neither beside it nor in recipes/")
+
+
+def merge(base: dict[str, Any], delta: dict[str, Any]) -> dict[str, Any]:
+    """`delta` over `base`: maps key by key, everything else replaced."""
+    merged = dict(base)
+    for key, value in delta.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def override(tree: dict[str, Any], assignment: str) -> dict[str, Any]:
+    """`tree` with one `a.b=c` (or `--a.b=c`) applied; c is strict YAML."""
+    path, equals, value = assignment.removeprefix("--").partition("=")
+    if not equals or not path:
+        raise UsageError(f"{assignment!r} is not an override; write section.key=value")
+    delta: Any = load_yaml(value, f"override {assignment}")
+    for key in reversed(path.split(".")):
+        delta = {key: delta}
+    return merge(tree, delta)
+
+
+def load(name: str, overrides: tuple[str, ...] = (), world_size: int = 1) -> Recipe:
+    """The validated recipe `name` (a name in recipes/ or a path) with overrides, for `world_size` ranks.
+
+    Raises UsageError listing everything that is wrong.
+    """
+    path = find(name)
+    tree = {"name": path.stem} | read(path)
+    for assignment in overrides:
+        tree = override(tree, assignment)
+    recipe = from_dict(tree, str(path))
+    recipe = dataclasses.replace(recipe, run=RunConfig(dir=recipe.run.dir.replace("{name}", recipe.name)))
+    if problems := recipe.problems(world_size):
+        raise UsageError(f"recipe {recipe.name}:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return recipe
+
+
+def from_dict(tree: dict[str, Any], source: str) -> Recipe:
+    """Check keys and types, not values. Raises UsageError."""
+    if unknown := list(_unknown_keys(tree, Recipe, ())):
+        raise UsageError(f"{source}:\n" + "\n".join(f"  {message}" for message in unknown))
+    try:
+        # JSON mode is the strict one that takes lists for tuples: "3" is no integer, 1 is no boolean.
+        return TypeAdapter(Recipe).validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        raise UsageError(f"{source}:\n" + "\n".join(f"  {line}" for line in _type_errors(error))) from None
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Plain nested dict of the whole resolved recipe: YAML- and JSON-able, accepted by `from_dict`."""
+    return json.loads(TypeAdapter(Recipe).dump_json(recipe))
+
+
+def to_yaml(recipe: Recipe) -> str:
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, width=120)
+
+
+def names() -> list[tuple[str, str]]:
+    """(name, description) of every recipe in recipes/."""
+    return [(path.stem, read(path).get("description", "")) for path in sorted(RECIPES.glob("*.yaml"))]
+
+
+def _unknown_keys(tree: dict[str, Any], cls: type, path: tuple[str, ...]):
+    hints = get_type_hints(cls)
+    for key, value in tree.items():
+        here = (*path, key)
+        if key not in hints:
+            yield f"unknown key {'.'.join(here)}{_nearest('.'.join(here), list(_paths(Recipe)))}"
+        elif dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
+            yield from _unknown_keys(value, hints[key], here)
+
+
+def _paths(cls: Any, prefix: str = ""):
+    for name, hint in get_type_hints(cls).items():
+        yield prefix + name
+        if dataclasses.is_dataclass(hint):
+            yield from _paths(hint, f"{prefix}{name}.")
+
+
+def _nearest(key: str, valid: list[str]) -> str:
+    """`; did you mean ...?`: the same last part in another section first, then the nearest spelling."""
+    last = key.rpartition(".")[2]
+    same = [path for path in valid if path.rpartition(".")[2] == last]
+    close = same[:1] or difflib.get_close_matches(key, valid, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _type_errors(error: ValidationError):
+    """One line a key: pydantic reports each member of a union separately."""
+    reported = set()
+    hints = set(_paths(Recipe))
+    for item in error.errors():
+        parts = [str(part) for part in item["loc"]]
+        while parts and ".".join(parts) not in hints:
+            parts.pop()  # what remains names a key, without the union member or list index
+        key = ".".join(parts)
+        if key in reported:
+            continue
+        reported.add(key)
+        if item["type"] in {"missing", "missing_argument", "missing_keyword_only_argument"}:
+            yield f"{'.'.join(str(part) for part in item['loc'])} is missing; it has no default"
+        else:
+            yield f"{key} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"

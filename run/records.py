@@ -1,0 +1,127 @@
+"""Everything that a run writes for people and tools: on rank 0; the other ranks hold a `Records` that is silent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from errors import UserError
+from lowprec.zero import StepResult
+from recipe import Recipe, to_dict, to_yaml
+from report.console import Console, open_console
+from report.flops import Peak, mfu
+from report.manifest import Start, record_start
+from report.memory import peak_gib
+from report.metrics import MetricsWriter, StepRecord, ValidationRecord
+from report.sinks import Sink, open_sinks, step_scalars, validation_scalars
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """What turns a step's time into rates. flops_per_token: training FLOPs; devices: ranks of the run."""
+
+    flops_per_token: float
+    peak: Peak
+    devices: int
+    device: torch.device
+
+
+class Records:
+    """metrics.jsonl, log lines or live display, sinks, manifest; open on rank 0, a no-op elsewhere."""
+
+    def __init__(self, recipe: Recipe, scale: Scale):
+        self._recipe, self._scale = recipe, scale
+        self._close = ExitStack()
+        self._console: Console | None = None
+        self._metrics: MetricsWriter | None = None
+        self._sinks: list[Sink] = []
+        self._refuted = False
+
+    def open(self, start: Start, samples: int, wandb_mode: str) -> None:
+        """Start writing at `start.step`; lines of later steps move to metrics.discarded.jsonl. Rank 0 only."""
+        run_dir, config = Path(self._recipe.run.dir), self._recipe.metrics
+        write_resolved(run_dir, self._recipe)
+        record_start(run_dir, start, self._scale.device)
+        self._metrics = self._close.enter_context(MetricsWriter(run_dir, start.step))
+        self._sinks = open_sinks(
+            config,
+            run_dir,
+            recipe=to_dict(self._recipe),
+            start_step=start.step,
+            start_samples=samples,
+            wandb_mode=wandb_mode,
+        )
+        for sink in self._sinks:
+            self._close.callback(sink.close)
+        mark = "*" if self._scale.peak.guessed else ""
+        self._console = self._close.enter_context(
+            open_console(run_dir, self._recipe.train.global_batch, config.log_interval, mark)
+        )
+
+    def message(self, text: str) -> None:
+        if self._console:
+            self._console.message(text)
+
+    def step(self, record: StepRecord) -> None:
+        if not (self._console and self._metrics):
+            return
+        self._metrics.step(record)
+        self._console.step(record, self._recipe.train.steps)
+        self._send(step_scalars(record, self._recipe.train.global_batch), record.step, record.samples)
+        if record.mfu is None and not self._refuted:
+            self._refuted = True
+            self._console.message(self._scale.peak.refuted_by(record.tflops * 1e12) or "")
+
+    def validation(self, record: ValidationRecord) -> None:
+        if self._console and self._metrics:
+            self._metrics.validation(record)
+            self._console.validation(record)
+            self._send(validation_scalars(record), record.step, record.samples)
+
+    def close(self) -> None:
+        self._close.close()
+
+    def step_record(
+        self, *, step: int, samples: int, loss: float, lr: float, update: StepResult, norm: float, seconds: float
+    ) -> StepRecord:
+        """The record of one step, rates and memory included."""
+        train, scale = self._recipe.train, self._scale
+        tokens_per_s = train.global_batch * train.seq_len / seconds
+        per_device = tokens_per_s / scale.devices
+        return StepRecord(
+            step=step,
+            tokens=samples * train.seq_len,
+            samples=samples,
+            loss=loss,
+            lr=lr,
+            grad_norm=update.grad_norm,
+            param_norm=norm,
+            loss_scale=1.0,
+            skipped=update.skipped,
+            nan=update.skipped or not math.isfinite(loss),
+            step_time_s=seconds,
+            tokens_per_s=tokens_per_s,
+            tflops=per_device * scale.flops_per_token / 1e12,
+            mfu=mfu(scale.flops_per_token, per_device, scale.peak),
+            mem_gib=peak_gib(scale.device),
+        )
+
+    def _send(self, values: Mapping[str, float], step: int, samples: int) -> None:
+        for sink in self._sinks:
+            sink.scalars(values, step, samples)
+
+
+def write_resolved(run_dir: Path, recipe: Recipe) -> None:
+    """RUN/resolved.yaml: every key of the run, the defaults included."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        partial = run_dir / "resolved.yaml.tmp"
+        partial.write_text(f"# Resolved from the recipe {recipe.name}; `--recipe` takes this file.\n{to_yaml(recipe)}")
+        partial.replace(run_dir / "resolved.yaml")
+    except OSError as error:
+        raise UserError(f"cannot write to run directory {run_dir}: {error.strerror}; choose another run.dir") from None

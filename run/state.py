@@ -1,0 +1,151 @@
+"""A run between two steps: what the training loop holds, and what it asks of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data.baseline import interpolated_bigram_cross_entropy
+from data.loader import Data
+from data.stream import Batch
+from lowprec.zero import Engine, StepResult
+from parallel import checkpoint
+from parallel.mesh import Mesh
+from recipe import Recipe, to_dict
+from report.metrics import StepRecord, ValidationRecord
+from run.evaluation import validation_loss
+from run.records import Records
+from run.schedules import lr_factor
+from run.signals import StopRequest
+
+
+@dataclass
+class Run:
+    """`step` steps and `samples` sequences are done: the position of everything, and the only one."""
+
+    recipe: Recipe
+    mesh: Mesh
+    device: torch.device
+    data: Data
+    engine: Engine
+    records: Records
+    signals: StopRequest
+    step: int = 0
+    samples: int = 0
+    stop_agreed: bool = False
+    validated: float | None = None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.records.close()
+        if error is None:  # after an error, others may never come to a collective again
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return self.recipe.optimizer.lr * lr_factor(self.recipe.schedule, self.step, self.recipe.train.steps)
+
+    def micro_batches(self) -> Iterator[Batch]:
+        """This rank's micro-batches of the next step, dealt out over the ranks as Megatron-LM does."""
+        train, mesh = self.recipe.train, self.mesh
+        for first in range(mesh.dp_rank * train.micro_batch, train.global_batch, mesh.dp * train.micro_batch):
+            start = self.samples + first
+            yield self.data.train.batch(range(start, start + train.micro_batch)).to(self.device)
+
+    def finish_step(self, losses: Sequence[Tensor], lr: float, update: StepResult, began: float) -> StepRecord:
+        """Advance the position; agree over all ranks on the loss and on stopping. `began` on perf_counter's clock."""
+        self.step += 1
+        self.samples += self.recipe.train.global_batch
+        mine = torch.stack([torch.stack(list(losses)).double().mean(), self._asked_to_stop()])
+        dist.all_reduce(mine, group=self.mesh.dp_group)
+        self.stop_agreed = bool(mine[1])
+        norm = self.engine.parameter_norm()
+        return self.records.step_record(
+            step=self.step,
+            samples=self.samples,
+            loss=float(mine[0]) / self.mesh.dp,
+            lr=lr,
+            update=update,
+            norm=norm,
+            seconds=time.perf_counter() - began,
+        )
+
+    def _asked_to_stop(self) -> Tensor:
+        return torch.tensor(float(self.signals.name is not None), dtype=torch.float64, device=self.device)
+
+    def stop_reason(self) -> str | None:
+        """Why the run stops at this step edge, the same decision on all ranks; None to go on."""
+        if self.stop_agreed:
+            return f"received {self.signals.name}" if self.signals.name else "another rank was asked to stop"
+        if self.step == self.recipe.train.stop_at:
+            return f"train.stop_at={self.step}"
+        return None
+
+    def validate(self) -> None:
+        """Measure and record the validation loss. Collective."""
+        stream = self.data.validation
+        assert stream is not None and stream.num_samples is not None, "checked when the run was built"
+        count = min(self.recipe.eval.samples or stream.num_samples, stream.num_samples)
+        micro_batch = self.recipe.train.micro_batch
+        self.validated = validation_loss(self.engine, stream, count, micro_batch, self.mesh, self.device)
+        tokens = self.samples * self.recipe.train.seq_len
+        self.records.validation(
+            ValidationRecord(step=self.step, tokens=tokens, samples=self.samples, validation_loss=self.validated)
+        )
+
+    def compare_with_bigram(self) -> None:
+        """Say how far below an interpolated bigram model the last validation loss is."""
+        if self.mesh.rank == 0 and self.validated is not None and self.data.validation is not None:
+            baseline = interpolated_bigram_cross_entropy(
+                self.data.train, self.data.validation, self.recipe.model.vocab_size
+            )
+            verdict = "below" if self.validated < baseline else "NOT below"
+            self.records.message(
+                f"validation loss {self.validated:.4f} is {verdict} the cross-entropy {baseline:.4f} of an "
+                "interpolated bigram model on the same tokens"
+            )
+
+    def save(self) -> None:
+        """Write the checkpoint of the steps done so far. Collective."""
+        meta = {
+            "recipe": to_dict(self.recipe),
+            "samples": self.samples,
+            "updates": self.engine.updates,
+            "data": self.data.hashes(),
+        }
+        where = checkpoint.save(
+            Path(self.recipe.run.dir),
+            self.step,
+            self.engine.fragments(),
+            meta,
+            rng=random_states(self.device),
+            group=self.mesh.dp_group,
+            keep=self.recipe.checkpoint.keep,
+        )
+        self.records.message(f"saved {where}")
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """States of the generators that a step could draw from."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def restore_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+    """Continue from `random_states`; a checkpoint of another number of ranks has none, and the seeds stay."""
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -1,0 +1,59 @@
+"""Start train.py as a user would: one process, or several under torchrun, on a small model and corpus."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TINY = """
+model: {vocab_size: 320, hidden_size: 32, num_layers: 2, num_heads: 4, num_kv_heads: 2, ffn_size: 64}
+data: {train: CORPUS, validation: 0.2, tokenizer: bpe, documents: line, cache: CACHE}
+train: {steps: 20, global_batch: 8, micro_batch: 2, seq_len: 32, compile: false}
+optimizer: {lr: 1e-2}
+run: {dir: RUN}
+"""
+
+
+def tiny(folder: Path, run: str = "run") -> Path:
+    """A recipe file in `folder` (its data too) that trains in a second; the run directory is `folder/run`."""
+    corpus = folder / "corpus.txt"
+    if not corpus.exists():
+        lines = (f"Line {i}: the number {i * i % 97} follows {i % 13}, and {i % 7} comes after." for i in range(900))
+        corpus.write_text("\n".join(lines))
+    text = TINY.replace("CORPUS", str(corpus)).replace("CACHE", str(folder / "cache")).replace("RUN", str(folder / run))
+    (folder / f"{run}.yaml").write_text(text)
+    return folder / f"{run}.yaml"
+
+
+def command(recipe: Path | str, *arguments: str, ranks: int = 1) -> list[str]:
+    """ranks 1: a single process; more: torchrun on this machine, at a port that it finds free."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return [sys.executable, *launcher, str(ROOT / "train.py"), "--recipe", str(recipe), *arguments]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def train(
+    recipe: Path | str, *arguments: str, ranks: int = 1, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end; output is captured. Raises TimeoutExpired."""
+    return subprocess.run(
+        command(recipe, *arguments, ranks=ranks),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment(),
+        cwd=ROOT,
+    )
+
+
+def steps(run_dir: Path) -> list[dict]:
+    """Step records of metrics.jsonl."""
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [record for record in records if record["kind"] == "step"]

@@ -1,0 +1,255 @@
+"""The gradient contract and the ZeRO stages against plain AdamW in one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lowprec.optim import OptimizerConfig, adamw
+from lowprec.patching import PatchError
+from lowprec.zero import _PATCH_REPLICATED, Engine, ZeroConfig, build_engine
+from tests.spawn import run_ranks
+
+STAGES = (0, 1, 2, 3)
+MICRO_GRADIENT = 1 + 2**-9  # not a BF16 number: one BF16 rounding anywhere loses it
+
+
+class ExactGradient(torch.autograd.Function):
+    """A linear whose weight gradient is MICRO_GRADIENT everywhere, in FP32, as a low-precision linear gives it."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx, dy):
+        (weight,) = ctx.saved_tensors
+        return dy @ weight, torch.full(weight.shape, MICRO_GRADIENT, dtype=torch.float32)
+
+
+class Toy(nn.Module):
+    """Two layers of awkward sizes, so that partition borders fall inside parameters."""
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16):
+        super().__init__()
+        self.first = nn.Linear(6, 7, bias=True, dtype=dtype)
+        self.second = nn.Linear(7, 5, bias=False, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(x))).float().square().mean()
+
+
+class ExactToy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(5, 3, dtype=torch.bfloat16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ExactGradient.apply(x, self.weight).float().sum()
+
+
+def _fill(engine: Engine, seed: int) -> None:
+    """The same FP32 masters whatever the partitioning."""
+
+    def values(fragment):
+        generator = torch.Generator().manual_seed(seed + len(fragment.name))
+        whole = torch.randn(fragment.shape, generator=generator).flatten() * 0.3
+        count = fragment.tensors["weight"].numel()
+        return whole[fragment.offset : fragment.offset + count]
+
+    engine.fill_weights(values)
+
+
+def _gather(engine: Engine) -> dict[str, list]:
+    """name -> [(offset, values)] of this rank."""
+    out: dict[str, list] = {}
+    for fragment in engine.fragments():
+        out.setdefault(fragment.name, []).append((fragment.offset, {k: t.clone() for k, t in fragment.tensors.items()}))
+    return out
+
+
+def _whole(per_rank: list[dict[str, list]], kind: str) -> dict[str, torch.Tensor]:
+    """Assemble the flattened logical tensors from all ranks' fragments; overlaps must agree."""
+    out: dict[str, dict[int, float]] = {}
+    for rank in per_rank:
+        for name, pieces in rank.items():
+            cells = out.setdefault(name, {})
+            for offset, tensors in pieces:
+                for index, value in enumerate(tensors[kind].tolist()):
+                    assert cells.setdefault(offset + index, value) == value
+    return {name: torch.tensor([cells[i] for i in range(len(cells))]) for name, cells in out.items()}
+
+
+def _exact_rank(rank: int, stage: int, accumulation: int) -> dict[str, list]:
+    torch.manual_seed(0)
+    config = OptimizerConfig(lr=1.0, betas=(0.0, 0.0), weight_decay=0.0, clip=0.0)
+    engine = build_engine(ExactToy(), ZeroConfig(stage=stage), config, micro_batch=1, accumulation=accumulation)
+    x = torch.ones(1, 3, dtype=torch.bfloat16, requires_grad=True)
+    for _ in range(accumulation):
+        # the engine divides the loss by the micro-batches; this Function ignores its incoming gradient
+        engine.backward(engine(x))
+    engine.step(lr=1.0)
+    return _gather(engine)  # with betas 0, exp_avg is the gradient that the optimizer saw
+
+
+def _train_rank(rank: int, stage: int, world: int, dtype: torch.dtype, batch: int) -> tuple:
+    config = OptimizerConfig(lr=0.05, clip=0.5)
+    engine = build_engine(
+        Toy(dtype), ZeroConfig(stage=stage, reduce_bucket=1024), config, micro_batch=2, accumulation=batch // world // 2
+    )
+    _fill(engine, 1)
+    _fill(engine, 0)  # the second one must replace the first wholly
+    losses, norms = [], []
+    for step in range(4):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(batch, 6, generator=generator).to(dtype)
+        mine = x.chunk(world)[rank].split(2)
+        total = 0.0
+        for micro in mine:
+            loss = engine(micro)
+            engine.backward(loss)
+            total += loss.item() / len(mine)
+        losses.append(total)
+        norms.append(engine.step(lr=0.05).grad_norm)
+    return losses, norms, engine.parameter_norm(), _gather(engine), engine.updates
+
+
+def _reference(batch: int) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    config = OptimizerConfig(lr=0.05, clip=0.5)
+    model = Toy(torch.float32)
+    for name, parameter in model.named_parameters():
+        generator = torch.Generator().manual_seed(len(name))
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    optimizer = adamw(model.parameters(), config)
+    losses, norms = [], []
+    for step in range(4):
+        x = torch.randn(batch, 6, generator=torch.Generator().manual_seed(step))
+        loss = model(x)
+        loss.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, norms, {name: p.detach().flatten() for name, p in model.named_parameters()}
+
+
+def _every_case(rank: int, world: int) -> dict:
+    """All stages in one group of processes: starting a group costs more than the cases."""
+    return {
+        stage: {
+            "exact": _exact_rank(rank, stage, 8),
+            "fp32": _train_rank(rank, stage, world, torch.float32, 12),
+            "bf16": _train_rank(rank, stage, world, torch.bfloat16, 12),
+            "nan": _nan_rank(rank, stage),
+        }
+        for stage in STAGES
+    }
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def outcomes(request) -> tuple[int, list[dict]]:
+    return request.param, run_ranks(_every_case, request.param, request.param, timeout=180)
+
+
+def _of(outcomes: tuple[int, list[dict]], stage: int, case: str) -> list:
+    return [rank[stage][case] for rank in outcomes[1]]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_micro_batch_gradients_add_up_exactly_in_fp32(outcomes, stage):
+    gradient = _whole(_of(outcomes, stage, "exact"), "exp_avg")["weight"]
+    assert gradient.tolist() == [8 * MICRO_GRADIENT] * 15
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_fp32_model_follows_plain_adamw(outcomes, stage):
+    losses, norms, weights = _reference(12)
+    world, results = outcomes[0], _of(outcomes, stage, "fp32")
+    mean = [sum(r[0][i] for r in results) / world for i in range(4)]
+    torch.testing.assert_close(mean, losses, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(results[0][1], norms, rtol=1e-5, atol=1e-7)
+    whole = _whole([r[3] for r in results], "weight")
+    assert whole.keys() == weights.keys()
+    for name in weights:
+        torch.testing.assert_close(whole[name], weights[name], rtol=1e-5, atol=1e-6)
+    norm = torch.cat(list(weights.values())).norm().item()
+    assert all(r[2] == pytest.approx(norm, rel=1e-5) for r in results)
+    assert all(r[4] == 4 for r in results)
+
+
+def test_bf16_stages_agree_with_each_other(outcomes):
+    """What a stage partitions changes at most the order of FP32 additions, never what is added."""
+    results = {stage: _of(outcomes, stage, "bf16") for stage in STAGES}
+    weights = {stage: _whole([r[3] for r in result], "weight") for stage, result in results.items()}
+    for stage in STAGES[1:]:
+        assert results[stage][0][0][0] == results[0][0][0][0]  # the first loss: same weights, same batch
+        for name, value in weights[0].items():
+            torch.testing.assert_close(weights[stage][name], value, rtol=1e-5, atol=1e-6)
+
+
+def _missing_rank(rank: int) -> str:
+    model = Toy()
+    model.unused = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    engine = build_engine(model, ZeroConfig(stage=1), OptimizerConfig(), micro_batch=1, accumulation=1)
+    engine.backward(engine(torch.ones(1, 6, dtype=torch.bfloat16)))
+    try:
+        engine.step(lr=0.1)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_parameter_without_gradient_is_an_error():
+    (message,) = run_ranks(_missing_rank, 1)
+    assert "unused" in message and "first" not in message
+
+
+def _nan_rank(rank: int, stage: int) -> tuple:
+    engine = build_engine(Toy(), ZeroConfig(stage=stage), OptimizerConfig(), micro_batch=1, accumulation=1)
+    _fill(engine, 1)
+    before = _gather(engine)
+    x = torch.ones(1, 6, dtype=torch.bfloat16)
+    poison = x * float("nan") if rank == 0 else x
+    engine.backward(engine(poison))
+    bad = engine.step(lr=0.1)
+    after = _gather(engine)
+    engine.backward(engine(x))
+    good = engine.step(lr=0.1)
+    return bad.skipped, good.skipped, before, after, engine.updates
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_non_finite_gradient_on_one_rank_skips_the_step_on_all(outcomes, stage):
+    for bad, good, before, after, updates in _of(outcomes, stage, "nan"):
+        assert bad and not good and updates == 1
+        for name in before:
+            for (_, old), (_, new) in zip(before[name], after[name], strict=True):
+                assert torch.equal(old["weight"], new["weight"])
+
+
+def _drifted_rank(rank: int) -> str:
+    import deepspeed.runtime.engine as upstream
+
+    original = upstream.DeepSpeedZeroOptimizer
+
+    class Drifted(original):
+        def average_tensor(self, tensor, communication_data_type):
+            return None
+
+    upstream.DeepSpeedZeroOptimizer = Drifted
+    try:
+        build_engine(Toy(), ZeroConfig(stage=0), OptimizerConfig(), micro_batch=1, accumulation=1)
+    except PatchError as error:
+        assert upstream.DeepSpeedZeroOptimizer is Drifted  # nothing was left substituted
+        return str(error)
+    finally:
+        upstream.DeepSpeedZeroOptimizer = original
+    return "no error"
+
+
+def test_drifted_deepspeed_is_a_clear_error():
+    (message,) = run_ranks(_drifted_rank, 1)
+    assert "average_tensor changed upstream" in message
+    assert _PATCH_REPLICATED.relies_on["average_tensor"] in message

@@ -1,0 +1,130 @@
+"""Train a recipe: recipe -> data -> model -> ZeRO engine -> resume -> step, step, save.
+
+    python train.py --recipe quickstart                       one process
+    torchrun --nproc-per-node 2 train.py --recipe quickstart  data-parallel
+    python train.py --recipe quickstart train.steps=50 run.dir=runs/try
+
+Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 75 preempted and saved (start the same command again),
+130 interrupted. Under torchrun, which would take 75 for a failure and restart, a preempted worker ends with 0 and
+RUN/exit.json holds the code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import recipe as recipes
+from errors import UserError
+from report.metrics import StepRecord
+from run.build import build
+from run.environment import Launch
+from run.signals import INTERRUPTED, REQUEUE
+from run.state import Run
+
+
+def train_step(run: Run) -> StepRecord:
+    """One optimizer step over the global batch: accumulate, reduce, clip, update."""
+    began = time.perf_counter()
+    lr, losses = run.lr(), []
+    for batch in run.micro_batches():
+        loss = run.engine(batch.tokens, batch.labels, batch.positions, batch.document_ids)
+        run.engine.backward(loss.loss)
+        losses.append(loss.cross_entropy.detach())
+    update = run.engine.step(lr)
+    return run.finish_step(losses, lr, update, began)
+
+
+def train(run: Run) -> int:
+    """From where the run stands to its last step, or to a request to stop. Returns the exit code."""
+    total, config = run.recipe.train.steps, run.recipe
+    while run.step < total:
+        run.records.step(train_step(run))
+        if config.eval.due(run.step, total):
+            run.validate()
+        stopping = run.stop_reason()
+        if stopping or config.checkpoint.due(run.step, total):
+            run.save()
+        if stopping:
+            run.records.message(f"{stopping}: stopped after step {run.step}; the same command continues")
+            return REQUEUE
+    if config.eval.bigram:
+        run.compare_with_bigram()
+    run.records.message(f"done: {run.step} steps, {run.samples * config.train.seq_len:,} tokens")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Run one command line; returns the exit code."""
+    launch = Launch(
+        rank=int(os.environ.get("RANK", 0)),
+        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        torchrun="TORCHELASTIC_RUN_ID" in os.environ,
+        threads=int(os.environ["OMP_NUM_THREADS"]) if "OMP_NUM_THREADS" in os.environ else None,
+    )
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also in a single process
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    run_dir: Path | None = None
+    code, reason = 0, "done"
+    try:
+        options, overrides = parse(argv)
+        if options.list:
+            return print_recipes()
+        recipe = recipes.load(options.recipe, tuple(overrides), launch.world_size)
+        run_dir = Path(recipe.run.dir)
+        run = build(recipe, launch, options.resume, os.environ.get("WANDB_MODE", "offline"))
+        with run:
+            code = train(run)
+            reason = run.stop_reason() or reason
+    except UserError as error:
+        code, reason = error.exit_code, str(error)
+        # Errors of the recipe are the same on every rank; later ones may be one rank's own.
+        prefix = f"rank {launch.rank}: " if launch.rank else ""
+        if not launch.rank or run_dir is not None:
+            print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        code, reason = INTERRUPTED, "interrupted"
+        print("interrupted; the newest checkpoint is as it was", file=sys.stderr, flush=True)
+    if run_dir is not None and launch.rank == 0:
+        record_exit(run_dir, code, reason)
+    return 0 if code == REQUEUE and launch.torchrun else code
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Options and overrides of a command line. Raises UsageError through `recipes.override` for anything else."""
+    parser = argparse.ArgumentParser(
+        prog="train.py", description="Train a recipe.", epilog="section.key=value overrides any key of the recipe."
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--recipe", help="a name in recipes/ or the path of a YAML file")
+    what.add_argument("--list", action="store_true", help="show the recipes")
+    parser.add_argument(
+        "--resume", default="auto", metavar="auto|never|PATH", help="auto: the run's newest checkpoint, if any"
+    )
+    own = {"--recipe", "--resume"}
+    overrides = [word for word in argv if re.match(r"(--)?[a-z_]\w*(\.\w+)*=", word) and word.split("=")[0] not in own]
+    return parser.parse_args([word for word in argv if word not in overrides]), overrides
+
+
+def print_recipes() -> int:
+    for name, description in recipes.names():
+        print(f"{name:<20} {description}")
+    return 0
+
+
+def record_exit(run_dir: Path, code: int, reason: str) -> None:
+    """RUN/exit.json: what a batch script reads to decide whether to requeue."""
+    if run_dir.is_dir():
+        (run_dir / "exit.json").write_text(json.dumps({"code": code, "reason": reason}) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
