@@ -62,15 +62,7 @@ def train(run: Run) -> int:
 
 def main(argv: list[str]) -> int:
     """Run one command line; returns the exit code."""
-    launch = Launch(
-        rank=int(os.environ.get("RANK", 0)),
-        local_rank=int(os.environ.get("LOCAL_RANK", 0)),
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
-        torchrun="TORCHELASTIC_RUN_ID" in os.environ,
-        threads=int(os.environ["OMP_NUM_THREADS"]) if "OMP_NUM_THREADS" in os.environ else None,
-    )
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also in a single process
+    launch = read_launch()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     run_dir: Path | None = None
     code, reason = 0, "done"
@@ -96,6 +88,20 @@ def main(argv: list[str]) -> int:
     if run_dir is not None and launch.rank == 0:
         record_exit(run_dir, code, reason)
     return 0 if code == REQUEUE and launch.torchrun else code
+
+
+def read_launch() -> Launch:
+    """How this process was started, from what torchrun (or nobody) put into the environment."""
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also in a single process
+    return Launch(
+        rank=int(os.environ.get("RANK", 0)),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+        meets="MASTER_ADDR" in os.environ,
+        torchrun="TORCHELASTIC_RUN_ID" in os.environ,
+        threads=int(os.environ["OMP_NUM_THREADS"]) if "OMP_NUM_THREADS" in os.environ else None,
+    )
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -17,9 +17,7 @@ from pathlib import Path
 def parser(description: str | None) -> argparse.ArgumentParser:
     """Parser with the option that all benches have."""
     made = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    made.add_argument(
-        "--json", metavar="FILE|-", help="also write one flat JSON object; - only that"
-    )
+    made.add_argument("--json", metavar="FILE|-", help="also write one flat JSON object; - only that")
     return made
 
 

@@ -34,9 +34,7 @@ _CORPUS = _ROOT / "data/corpus/sotu.jsonl.xz"
 _VOCAB_SIZE = 8192
 
 
-def loader_figures(
-    prefix: Path, *, batch: int, seq_len: int, batches: int, repetitions: int
-) -> dict[str, float]:
+def loader_figures(prefix: Path, *, batch: int, seq_len: int, batches: int, repetitions: int) -> dict[str, float]:
     """Tokens per second of our stream (also with document resets) and of window sampling."""
     streams = {}
     for name, reset in (("ours", False), ("ours_with_resets", True)):
@@ -60,10 +58,7 @@ def loader_figures(
     variants: dict[str, Callable[[], object]] = {name: partial(ours, name) for name in streams}
     variants["windows"] = windows
     seconds = interleaved(variants, repetitions)
-    figures = {
-        f"loader_{name}_mtok_per_s": batches * batch * seq_len / 1e6 / s
-        for name, s in seconds.items()
-    }
+    figures = {f"loader_{name}_mtok_per_s": batches * batch * seq_len / 1e6 / s for name, s in seconds.items()}
     return figures | {"loader_ratio": seconds["windows"] / seconds["ours"]}
 
 
@@ -71,15 +66,11 @@ def _nanogpt_batch(prefix: Path, batch: int, seq_len: int) -> tuple[torch.Tensor
     data = np.memmap(f"{prefix}.bin", dtype=np.uint16, mode="r")
     starts = torch.randint(len(data) - seq_len, (batch,)).tolist()
     x = torch.stack([torch.from_numpy(data[i : i + seq_len].astype(np.int64)) for i in starts])
-    y = torch.stack(
-        [torch.from_numpy(data[i + 1 : i + 1 + seq_len].astype(np.int64)) for i in starts]
-    )
+    y = torch.stack([torch.from_numpy(data[i + 1 : i + 1 + seq_len].astype(np.int64)) for i in starts])
     return x, y
 
 
-def prepare_figures(
-    text: Path, tokenizer: Path, *, workers: int, repetitions: int
-) -> dict[str, float]:
+def prepare_figures(text: Path, tokenizer: Path, *, workers: int, repetitions: int) -> dict[str, float]:
     """MB/s of `data.prepare`, and of one process encoding document by document."""
     megabytes = text.stat().st_size / 1e6
     output = text.parent / "prepared"
@@ -120,22 +111,14 @@ def _megatron_prepare(text: Path, tokenizer: Path) -> None:
 def main() -> None:
     """Run the bench."""
     options = parser(__doc__)
-    options.add_argument(
-        "--copies", type=int, default=3, help="of the corpus, to prepare (%(default)s)"
-    )
+    options.add_argument("--copies", type=int, default=3, help="of the corpus, to prepare (%(default)s)")
     options.add_argument("--repetitions", type=int, default=3, help="of preparing (%(default)s)")
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         prefix = Path(folder, "corpus")
-        prepare(
-            PrepareOptions(
-                inputs=(_CORPUS,), output=prefix, tokenizer="bpe", vocab_size=_VOCAB_SIZE
-            )
-        )
+        prepare(PrepareOptions(inputs=(_CORPUS,), output=prefix, tokenizer="bpe", vocab_size=_VOCAB_SIZE))
         text = Path(folder, "text.jsonl")
-        lines = [
-            json.dumps({"text": document}) for document in read_texts([_CORPUS], "file", "text")
-        ]
+        lines = [json.dumps({"text": document}) for document in read_texts([_CORPUS], "file", "text")]
         text.write_text("\n".join(lines * given.copies) + "\n")
         tokenizer = Path(f"{prefix}.tokenizer.model")
         figures = loader_figures(prefix, batch=64, seq_len=1024, batches=100, repetitions=9)

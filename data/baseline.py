@@ -23,9 +23,7 @@ from data.stream import SampleStream
 _EM_STEPS = 100
 
 
-def interpolated_bigram_cross_entropy(
-    train: SampleStream, validation: SampleStream, vocab_size: int
-) -> float:
+def interpolated_bigram_cross_entropy(train: SampleStream, validation: SampleStream, vocab_size: int) -> float:
     """Nats per token over exactly the tokens that the samples of `validation` predict, given the
     token before.
 
@@ -39,9 +37,7 @@ def interpolated_bigram_cross_entropy(
     return cross_entropy(documents, samples, vocab_size)
 
 
-def cross_entropy(
-    documents: list[np.ndarray], samples: Iterable[np.ndarray], vocab_size: int
-) -> float:
+def cross_entropy(documents: list[np.ndarray], samples: Iterable[np.ndarray], vocab_size: int) -> float:
     """As `interpolated_bigram_cross_entropy`, of token arrays: each predicts its tokens but the
     first."""
     if len(documents) == 1:  # nothing to hold out but a part of it

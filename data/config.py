@@ -45,9 +45,7 @@ class DataConfig:
         found = _source_problems("train", self.train)
         if isinstance(self.validation, int | float):
             if not 0 < self.validation <= 0.5:
-                found.append(
-                    f"validation: a fraction lies in (0, 0.5], not {self.validation}; null for none"
-                )
+                found.append(f"validation: a fraction lies in (0, 0.5], not {self.validation}; null for none")
         elif self.validation is not None:
             found += _source_problems("validation", self.validation)
         if self.workers < 1:

@@ -79,15 +79,11 @@ class Records:
             raise self._bad(index, f"is not JSON: {error}") from None
         if not isinstance(value, dict) or not isinstance(value.get(key), str):
             keys = f"its keys are {sorted(value)}" if isinstance(value, dict) else "it is no object"
-            raise self._bad(
-                index, f"has no text under {key!r} ({keys}); name the field with --json-key"
-            )
+            raise self._bad(index, f"has no text under {key!r} ({keys}); name the field with --json-key")
         try:
             value[key].encode("utf-8")
         except UnicodeEncodeError as error:
-            raise self._bad(
-                index, f"has half of a surrogate pair in {key!r}: {error.reason}"
-            ) from None
+            raise self._bad(index, f"has half of a surrogate pair in {key!r}: {error.reason}") from None
         return value[key]
 
     def _bad(self, index: int, message: str, at: int = 0) -> DataError:
@@ -192,9 +188,7 @@ class _ZstdStream(io.RawIOBase):
         try:
             import zstandard
         except ImportError:
-            raise UsageError(
-                f"{path} needs the `zstandard` package: pip install zstandard"
-            ) from None
+            raise UsageError(f"{path} needs the `zstandard` package: pip install zstandard") from None
         self._zstandard, self._disk = zstandard, disk
         self._frame: Any = None
         self._ready = memoryview(b"")
@@ -233,21 +227,15 @@ def _parquet_records(path: Path, key: str) -> Iterator[Records]:
         with pyarrow.parquet.ParquetFile(path) as table:
             if key not in table.schema_arrow.names:
                 raise DataError(
-                    f"{path} has no column {key!r}, only {table.schema_arrow.names}; "
-                    "name it with --json-key"
+                    f"{path} has no column {key!r}, only {table.schema_arrow.names}; name it with --json-key"
                 )
             for batch in table.iter_batches(batch_size=256, columns=[key]):
                 values = batch.column(0).to_pylist()
                 for index, value in enumerate(values):
                     if not isinstance(value, str):
-                        raise DataError(
-                            f"{path}: row {row + index} of column {key!r} holds "
-                            f"{value!r:.80}, not text"
-                        )
+                        raise DataError(f"{path}: row {row + index} of column {key!r} holds {value!r:.80}, not text")
                 consumed = size * (row - 1 + len(values)) // table.metadata.num_rows
                 yield Records(path, "row", [value.encode() for value in values], 0, row, consumed)
                 row += len(values)
     except pyarrow.ArrowException as error:
-        raise DataError(
-            f"{path} is damaged or not parquet (after row {row - 1}): {error}"
-        ) from None
+        raise DataError(f"{path} is damaged or not parquet (after row {row - 1}): {error}") from None

@@ -28,9 +28,7 @@ def ensure_tokenizer(
     """
     if spec not in TRAINED_KINDS:
         return Path(spec)
-    key = digest_of(
-        [FORMAT, spec, vocab_size, documents, [_content(cache, path) for path in sources]]
-    )
+    key = digest_of([FORMAT, spec, vocab_size, documents, [_content(cache, path) for path in sources]])
     target = cache / f"{spec}-{vocab_size}-{key}.model"
     with file_lock(target.with_suffix(".lock")):
         if not target.exists():
@@ -61,34 +59,24 @@ def ensure_prepared(
 def _content(cache: Path, path: Path) -> str:
     if not path.is_file():
         raise DataError(f"{path} does not exist or is no file")
-    return remember(cache, "sha256", path, lambda: sha256_file(path))
+    suffixes = "".join(path.suffixes)  # they say how the bytes are read
+    return suffixes + remember(cache, "sha256", path, lambda: sha256_file(path))
 
 
-def _run_prepare(
-    source: Path, tokenizer: Path, prefix: Path, workers: int, documents: Documents
-) -> None:
-    command: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "data.prepare",
-        "--input",
-        source.resolve(),
-        "--output",
-        prefix.resolve(),
-    ]
-    command += [
-        "--tokenizer",
-        tokenizer.resolve(),
-        "--workers",
-        str(workers),
-        "--documents",
-        documents,
-    ]
+def _run_prepare(source: Path, tokenizer: Path, prefix: Path, workers: int, documents: Documents) -> None:
+    options = {
+        "input": source.resolve(),
+        "output": prefix.resolve(),
+        "tokenizer": tokenizer.resolve(),
+        "workers": workers,
+        "documents": documents,
+    }
+    command = [sys.executable, "-m", "data.prepare"]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
     stdout = None if sys.stdout.isatty() else subprocess.DEVNULL  # the progress bar, or nothing
     root = Path(__file__).resolve().parent.parent
-    done = subprocess.run(
-        command, cwd=root, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False
-    )
+    done = subprocess.run(command, cwd=root, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         kinds = {kind.exit_code: kind for kind in (DataError, UsageError)}
         raise kinds.get(done.returncode, RuntimeError)(done.stderr.strip())

@@ -72,9 +72,7 @@ class IndexedDataset:
         self.idx_path, self.bin_path = (Path(f"{prefix}{suffix}") for suffix in (".idx", ".bin"))
         for path in (self.idx_path, self.bin_path):
             if not path.is_file():
-                raise DataError(
-                    f"{path} does not exist; a token dataset is a pair of PREFIX.bin and PREFIX.idx"
-                )
+                raise DataError(f"{path} does not exist; a token dataset is a pair of PREFIX.bin and PREFIX.idx")
         dtype, num_sequences, num_borders = self._read_header()
         at = HEADER.size
         lengths = self._map_idx("<i4", at, num_sequences)
@@ -100,9 +98,7 @@ class IndexedDataset:
     def token_range(self) -> tuple[int, int]:
         """Smallest and largest token id, by a pass over the file; (0, -1) if it is empty."""
         parts = [self.tokens[part] for part in chunks(self.tokens.size)]
-        return min((int(p.min()) for p in parts), default=0), max(
-            (int(p.max()) for p in parts), default=-1
-        )
+        return min((int(p.min()) for p in parts), default=0), max((int(p.max()) for p in parts), default=-1)
 
     def check_tokens(self, vocab_size: int) -> None:
         """Raise DataError naming the first token id outside [0, vocab_size), by a pass over the
@@ -128,9 +124,7 @@ class IndexedDataset:
                 "is in the old TNTIDX format; make it again with Megatron-LM or data.prepare",
             )
         if not raw.startswith(MAGIC):
-            raise self._bad(
-                0, f"starts with {raw[:9]!r} instead of {MAGIC!r}: not a Megatron index"
-            )
+            raise self._bad(0, f"starts with {raw[:9]!r} instead of {MAGIC!r}: not a Megatron index")
         if len(raw) < HEADER.size:
             raise self._bad(len(raw), f"is truncated: the header has {HEADER.size} bytes")
         _, version, code, num_sequences, num_borders = HEADER.unpack(raw)
@@ -141,11 +135,7 @@ class IndexedDataset:
             raise self._bad(17, f"has dtype code {code} ({found}); token ids have one of {DTYPES}")
         wanted = HEADER.size + 12 * num_sequences + 8 * num_borders
         if size != wanted:
-            hint = (
-                "a multimodal index is not supported"
-                if size == wanted + num_sequences
-                else "copy it again"
-            )
+            hint = "a multimodal index is not supported" if size == wanted + num_sequences else "copy it again"
             what = "is truncated" if size < wanted else "has bytes too many"
             raise self._bad(
                 min(size, wanted),
@@ -168,9 +158,7 @@ class IndexedDataset:
             sizes = lengths[part].astype(np.int64) * itemsize
             if (negative := np.flatnonzero(sizes < 0)).size:
                 at = part.start + int(negative[0])
-                raise self._bad(
-                    HEADER.size + 4 * at, f"gives sequence {at} the length {lengths[at]}"
-                )
+                raise self._bad(HEADER.size + 4 * at, f"gives sequence {at} the length {lengths[at]}")
             ends = expected + np.cumsum(sizes)
             wrong = np.flatnonzero(pointers[part] != ends - sizes)
             if wrong.size:
@@ -196,9 +184,7 @@ class IndexedDataset:
         for part in chunks(documents.size - 1):
             falls = np.flatnonzero(documents[part] > documents[part.start + 1 : part.stop + 1])
             if falls.size:
-                raise self._bad(
-                    at + 8 * (part.start + int(falls[0]) + 1), "has document borders that decrease"
-                )
+                raise self._bad(at + 8 * (part.start + int(falls[0]) + 1), "has document borders that decrease")
         if documents[-1] != num_sequences:
             raise self._bad(
                 at + 8 * (documents.size - 1),
@@ -249,9 +235,7 @@ class IndexedWriter:
         if not lengths.size:
             return
         if lengths.max() >= 1 << 31:
-            raise DataError(
-                f"a document of {lengths.max()} tokens does not fit in an index; split it"
-            )
+            raise DataError(f"a document of {lengths.max()} tokens does not fit in an index; split it")
         if tokens.size:
             self.max_token = max(self.max_token, int(tokens.max()))
         data = tokens.astype(self.dtype, copy=False).tobytes()

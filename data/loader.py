@@ -81,9 +81,7 @@ def open_data(config: DataConfig, *, vocab_size: int, seq_len: int, seed: int) -
     train_paths, own_paths = ([path for _, path in blend] for blend in (train, own))
     try:
         tokenizer = find_tokenizer(config, train_paths, own_paths, vocab_size)
-        opened = [
-            open_source(config, path, tokenizer, vocab_size) for path in train_paths + own_paths
-        ]
+        opened = [open_source(config, path, tokenizer, vocab_size) for path in train_paths + own_paths]
     except OSError as error:
         raise DataError(f"{error.filename or config.cache}: {error.strerror}") from None
     datasets = [dataset for dataset, _ in opened]
@@ -99,9 +97,7 @@ def open_data(config: DataConfig, *, vocab_size: int, seq_len: int, seed: int) -
             for index, (dataset, documents) in enumerate(parts)
         ]
         weights = [weight for weight, _ in blend]
-        return SampleStream(
-            packed, Blend(weights), endless=shuffled, reset=config.reset_at_document
-        )
+        return SampleStream(packed, Blend(weights), endless=shuffled, reset=config.reset_at_document)
 
     validation = None
     if fraction:
@@ -113,9 +109,7 @@ def open_data(config: DataConfig, *, vocab_size: int, seq_len: int, seed: int) -
         train=stream(train, training[: len(train)], shuffled=True),
         validation=validation,
         tokenizer_path=tokenizer,
-        sources=tuple(
-            {"role": role, **info} for role, (_, info) in zip(roles, opened, strict=True)
-        ),
+        sources=tuple({"role": role, **info} for role, (_, info) in zip(roles, opened, strict=True)),
     )
 
 
@@ -138,7 +132,5 @@ def split_documents(dataset: IndexedDataset, fraction: float) -> tuple[np.ndarra
 
 def _weighted(source: Source) -> list[tuple[float, Path]]:
     """(weight, path) of each source of a blend."""
-    pairs = (
-        [(1.0, source)] if isinstance(source, str) else zip(source[::2], source[1::2], strict=True)
-    )
+    pairs = [(1.0, source)] if isinstance(source, str) else zip(source[::2], source[1::2], strict=True)
     return [(float(weight), locate(str(path))) for weight, path in pairs]

@@ -51,9 +51,7 @@ def shares(weights: Sequence[float]) -> list[int]:
     """
     if not weights or not all(0 < weight < inf for weight in weights):
         raise ValueError(f"weights {list(weights)} must all be positive")
-    exact = [
-        Fraction(str(weight)) for weight in weights
-    ]  # 0.7 is meant, not the nearest binary number
+    exact = [Fraction(str(weight)) for weight in weights]  # 0.7 is meant, not the nearest binary number
     scale = lcm(*(weight.denominator for weight in exact))
     whole = [int(weight * scale) for weight in exact]
     total = sum(whole) // gcd(*whole)

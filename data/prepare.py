@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import shutil
 import signal
 import sys
 import time
@@ -24,13 +23,14 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.cache import rename_synced, sha256_file, temporary_name, write_atomic
+from data.cache import sha256_file, write_atomic
 from data.documents import Documents, Records, read_records, read_texts
 from data.indexed import IndexedWriter, token_dtype
 from data.tokenizer import TRAINED_KINDS, load_tokenizer, train_sentencepiece
@@ -85,74 +85,78 @@ def prepare(options: PrepareOptions) -> dict[str, Any]:
         return _prepare(options)
     except BrokenProcessPool:
         raise DataError(
-            "an encoding process died, most likely for lack of memory; use fewer workers, or "
-            "shorter documents"
+            "an encoding process died, most likely for lack of memory; use fewer workers, or shorter documents"
         ) from None
     except OSError as error:
         raise DataError(f"{error.filename or options.output}: {error.strerror}") from None
 
 
 def _prepare(options: PrepareOptions) -> dict[str, Any]:
-    tokenizer_path = _tokenizer_beside(options)
-    tokenizer = load_tokenizer(tokenizer_path, options.eod_token)
-    check_vocabulary(tokenizer_path, tokenizer.vocab_size, options.vocab_size)
-    dtype = token_dtype(tokenizer.vocab_size)
-    encode = partial(
-        encode_records,
-        tokenizer=tokenizer_path,
-        eod_token=options.eod_token,
-        key=options.json_key,
-        eod=options.eod,
-        dtype=dtype.str,
-    )
-    manifest_path = Path(f"{options.output}.manifest.json")
-    empty = 0
-    with IndexedWriter(options.output, dtype) as writer:
-        for tokens, lengths in _in_order(encode, _batches(options), options.workers):
-            writer.add(tokens, lengths[lengths > 0])
-            empty += int((lengths == 0).sum())
-        if not writer.num_tokens:
-            names = ", ".join(map(str, options.inputs))
-            raise DataError(f"no document with text in {names}: the corpus is empty")
-        manifest_path.unlink(missing_ok=True)
-    plain = {
-        **asdict(options),
-        "inputs": [str(path) for path in options.inputs],
-        "output": str(options.output),
-    }
-    manifest = {
-        "format": FORMAT,
-        "tokens": writer.num_tokens,
-        "documents": writer.num_documents,
+    with TemporaryDirectory(prefix=".tokenizer-", dir=options.output.parent) as folder:
+        source = Path(options.tokenizer)
+        if options.tokenizer in TRAINED_KINDS:
+            source = _train(options, Path(folder))
+        tokenizer = load_tokenizer(source, options.eod_token)
+        check_vocabulary(source, tokenizer.vocab_size, options.vocab_size)
+        writer = IndexedWriter(options.output, token_dtype(tokenizer.vocab_size))
+        manifest_path = Path(f"{options.output}.manifest.json")
+        empty = 0
+        with writer:
+            encode = partial(_encode, options=options, tokenizer=source, dtype=writer.dtype.str)
+            for tokens, lengths in _in_order(encode, _batches(options), options.workers):
+                writer.add(tokens, lengths[lengths > 0])
+                empty += int((lengths == 0).sum())
+            if not writer.num_tokens:
+                names = ", ".join(map(str, options.inputs))
+                raise DataError(f"no document with text in {names}: the corpus is empty")
+            manifest_path.unlink(missing_ok=True)  # from here on it would not be true
+        beside = Path(f"{options.output}.tokenizer{source.suffix}")
+        write_atomic(beside, source.read_bytes())
+    manifest = _manifest(options, writer) | {
         "empty_documents": empty,
-        "max_token": writer.max_token,
-        "dtype": dtype.name,
-        "tokenizer": {
-            "vocab_size": tokenizer.vocab_size,
-            "eod_id": tokenizer.eod_id,
-            **_file(tokenizer_path),
-        },
-        "outputs": {
-            suffix: {"bytes": Path(f"{options.output}{suffix}").stat().st_size, "sha256": digest}
-            for suffix, digest in writer.sha256.items()
-        },
-        "inputs": [_file(path) for path in options.inputs],
-        "options": plain,
+        "tokenizer": _file(beside) | {"vocab_size": tokenizer.vocab_size, "eod_id": tokenizer.eod_id},
     }
     write_atomic(manifest_path, (json.dumps(manifest, indent=2) + "\n").encode())
     return manifest
 
 
-def encode_records(
-    records: Records, *, tokenizer: Path, eod_token: str | None, key: str, eod: bool, dtype: str
-) -> Encoded:
+def _manifest(options: PrepareOptions, writer: IndexedWriter) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "tokens": writer.num_tokens,
+        "documents": writer.num_documents,
+        "max_token": writer.max_token,
+        "dtype": writer.dtype.name,
+        "outputs": {
+            suffix: {"bytes": Path(f"{options.output}{suffix}").stat().st_size, "sha256": digest}
+            for suffix, digest in writer.sha256.items()
+        },
+        "inputs": [_file(path) for path in options.inputs],
+        "options": json.loads(json.dumps(asdict(options), default=str)),
+    }
+
+
+def _file(path: Path) -> dict[str, Any]:
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def _train(options: PrepareOptions, folder: Path) -> Path:
+    if options.vocab_size is None:
+        raise UsageError(f"--tokenizer {options.tokenizer} needs --vocab-size")
+    texts = read_texts(options.inputs, options.documents, options.json_key)
+    train_sentencepiece(texts, folder / "new.model", options.tokenizer, options.vocab_size)
+    return folder / "new.model"
+
+
+def _encode(records: Records, options: PrepareOptions, tokenizer: Path, dtype: str) -> Encoded:
     """Tokens of a batch back to back, and the length of each document, 0 for one without text.
 
     Runs in a worker.
     """
-    model = _load_once(tokenizer, eod_token)
-    end = [model.eod_id] if eod else []
-    documents = [ids + end if (ids := model.encode(text)) else [] for text in records.texts(key)]
+    model = _load_once(tokenizer, options.eod_token)
+    end = [model.eod_id] if options.eod else []
+    texts = records.texts(options.json_key)
+    documents = [ids + end if (ids := model.encode(text)) else [] for text in texts]
     parts = [np.array(ids, dtype=dtype) for ids in documents]
     tokens = np.concatenate(parts) if parts else np.empty(0, dtype)
     return tokens, np.array([part.size for part in parts], dtype=np.int64)
@@ -164,31 +168,7 @@ _load_once = lru_cache(maxsize=1)(load_tokenizer)
 def check_vocabulary(path: Path, size: int, limit: int | None) -> None:
     """Raise UsageError if a tokenizer has more ids than `limit`."""
     if limit is not None and size > limit:
-        raise UsageError(
-            f"tokenizer {path} has {size} ids, more than the vocabulary size {limit}; raise that"
-        )
-
-
-def _tokenizer_beside(options: PrepareOptions) -> Path:
-    """Train the tokenizer, or copy the given one, to the name that it has beside the output."""
-    if options.tokenizer in TRAINED_KINDS:
-        if options.vocab_size is None:
-            raise UsageError(f"--tokenizer {options.tokenizer} needs --vocab-size")
-        target = Path(f"{options.output}.tokenizer.model")
-        texts = read_texts(options.inputs, options.documents, options.json_key)
-        train_sentencepiece(texts, target, options.tokenizer, options.vocab_size)
-        return target
-    source = Path(options.tokenizer)
-    load_tokenizer(source, options.eod_token)  # a bad one must not replace a good one
-    target = Path(f"{options.output}.tokenizer{source.suffix}")
-    if source.resolve() != target.resolve():
-        shutil.copyfile(source, temporary_name(target))
-        rename_synced(temporary_name(target), target)
-    return target
-
-
-def _file(path: Path) -> dict[str, Any]:
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        raise UsageError(f"tokenizer {path} has {size} ids, more than the vocabulary size {limit}; raise that")
 
 
 def _batches(options: PrepareOptions) -> Iterator[Records]:
@@ -210,9 +190,7 @@ def _batches(options: PrepareOptions) -> Iterator[Records]:
             done += path.stat().st_size
 
 
-def _in_order(
-    function: Callable[[Records], Encoded], items: Iterator[Records], workers: int
-) -> Iterator[Encoded]:
+def _in_order(function: Callable[[Records], Encoded], items: Iterator[Records], workers: int) -> Iterator[Encoded]:
     """`map(function, items)` over worker processes, with a bounded number of items under way."""
     if workers == 1:
         yield from map(function, items)
@@ -233,9 +211,7 @@ def _in_order(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data.prepare", description=(__doc__ or "").splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m data.prepare", description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add(
         "--input",
@@ -258,9 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="bpe|unigram|PATH",
         help="train one, or a .model or tokenizer.json",
     )
-    add(
-        "--vocab-size", type=int, metavar="N", help="of a tokenizer to train; limit for a given one"
-    )
+    add("--vocab-size", type=int, metavar="N", help="of a tokenizer to train; limit for a given one")
     add(
         "--json-key",
         default="text",

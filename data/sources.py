@@ -35,9 +35,7 @@ def _is_prepared(path: Path) -> bool:
     return Path(f"{path}.idx").is_file()
 
 
-def find_tokenizer(
-    config: DataConfig, train: list[Path], validation: list[Path], vocab_size: int
-) -> Path | None:
+def find_tokenizer(config: DataConfig, train: list[Path], validation: list[Path], vocab_size: int) -> Path | None:
     """Path of the tokenizer, trained if need be, checked against sources and vocabulary."""
     spec, paths = config.tokenizer, train + validation
     if spec is None:
@@ -64,16 +62,12 @@ def open_source(
     cache, prefix = Path(config.cache), path
     if not _is_prepared(path):
         assert tokenizer is not None
-        prefix = ensure_prepared(
-            path, tokenizer, cache, workers=config.workers, documents=config.documents
-        )
+        prefix = ensure_prepared(path, tokenizer, cache, workers=config.workers, documents=config.documents)
     dataset = IndexedDataset(prefix)
     manifest = _manifest(dataset)
     if manifest is None:
         low, high = remember(cache, "range", dataset.bin_path, dataset.token_range)
-        idx_hash = remember(
-            cache, "sha256", dataset.idx_path, lambda: sha256_file(dataset.idx_path)
-        )
+        idx_hash = remember(cache, "sha256", dataset.idx_path, lambda: sha256_file(dataset.idx_path))
         bin_hash = None
     else:
         low, high = 0, manifest["max_token"]
@@ -106,8 +100,6 @@ def _manifest(dataset: IndexedDataset) -> dict[str, Any] | None:
         manifest = json.loads(path.read_bytes())
         sizes = [manifest["outputs"][suffix]["bytes"] for suffix in (".bin", ".idx")]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} is damaged ({error!r}); delete it, or prepare the data again"
-        ) from None
+        raise DataError(f"{path} is damaged ({error!r}); delete it, or prepare the data again") from None
     same = sizes == [dataset.bin_path.stat().st_size, dataset.idx_path.stat().st_size]
     return manifest if same else None

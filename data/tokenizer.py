@@ -72,8 +72,7 @@ class SentencePieceTokenizer:
         eod_id = self._model.eos_id() if eod is None else self._model.piece_to_id(eod)
         if eod_id < 0 or (eod is not None and self._model.id_to_piece(eod_id) != eod):
             raise DataError(
-                f"{path} has no piece {eod or '</s> (eos_id)'} to end documents with; "
-                "name another one with --eod-token"
+                f"{path} has no piece {eod or '</s> (eos_id)'} to end documents with; name another one with --eod-token"
             )
         self.eod_id = eod_id
         self._encoder = WordEncoder(self._model) if is_separable(self._model) else self._model
@@ -95,9 +94,7 @@ class HuggingFaceTokenizer:
         try:
             import tokenizers
         except ImportError:
-            raise UsageError(
-                f"{path} needs the `tokenizers` package: pip install tokenizers"
-            ) from None
+            raise UsageError(f"{path} needs the `tokenizers` package: pip install tokenizers") from None
         self.path = path
         try:
             self._model = tokenizers.Tokenizer.from_file(str(path))
@@ -109,8 +106,7 @@ class HuggingFaceTokenizer:
         found = [vocabulary[name] for name in names if name in vocabulary]
         if not found:
             raise DataError(
-                f"{path} has no token {' or '.join(names)} to end documents with; "
-                "name one with --eod-token"
+                f"{path} has no token {' or '.join(names)} to end documents with; name one with --eod-token"
             )
         self.eod_id = found[0]
 
@@ -135,17 +131,13 @@ def load_tokenizer(path: Path, eod: str | None = None) -> Tokenizer:
         UsageError: another suffix, or the `tokenizers` package is missing.
     """
     if not path.is_file():
-        raise DataError(
-            f"tokenizer {path} does not exist; give bpe, unigram, a .model or a tokenizer.json file"
-        )
+        raise DataError(f"tokenizer {path} does not exist; give bpe, unigram, a .model or a tokenizer.json file")
     match path.suffix:
         case ".model":
             return SentencePieceTokenizer(path, eod)
         case ".json":
             return HuggingFaceTokenizer(path, eod)
-    raise UsageError(
-        f"tokenizer {path}: expected a SentencePiece .model or a Hugging Face tokenizer.json"
-    )
+    raise UsageError(f"tokenizer {path}: expected a SentencePiece .model or a Hugging Face tokenizer.json")
 
 
 def train_sentencepiece(texts: Iterable[str], out: Path, kind: str, vocab_size: int) -> None:

@@ -53,11 +53,7 @@ class WordEncoder:
 def is_separable(model: sentencepiece.SentencePieceProcessor) -> bool:
     """Whether a model is BPE (its scores are ranks, whole numbers) without pieces that cross into a
     word."""
-    ids = [
-        i
-        for i in range(model.vocab_size())
-        if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))
-    ]
+    ids = [i for i in range(model.vocab_size()) if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))]
     return (
         not model.is_unknown(model.piece_to_id(_MARK))
         and all(float(model.get_score(i)).is_integer() for i in ids)

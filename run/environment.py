@@ -18,7 +18,8 @@ from errors import UsageError
 class Launch:
     """Where this process stands in its launch.
 
-    torchrun: started by torchrun, with the rendezvous address in the environment; else a single process
+    meets:    ranks meet at the address in the environment (torchrun's, or set by hand); else this process is alone
+    torchrun: started by torchrun, which restarts what ends with another code than 0
     threads:  CPU threads that the user asked for (OMP_NUM_THREADS), None if not said
     """
 
@@ -26,6 +27,7 @@ class Launch:
     local_rank: int = 0
     world_size: int = 1
     local_world_size: int = 1
+    meets: bool = False
     torchrun: bool = False
     threads: int | None = None
 
@@ -48,7 +50,7 @@ def join(device: torch.device, launch: Launch, timeout_s: int) -> None:
     """Initialise the default process group: gloo on CPU, NCCL on CUDA. Raises UsageError if it cannot meet."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
-    if not launch.torchrun:
+    if not launch.meets:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
@@ -57,7 +59,8 @@ def join(device: torch.device, launch: Launch, timeout_s: int) -> None:
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise UsageError(
             f"rank {launch.rank} cannot join the process group: {str(error).splitlines()[0]}; "
-            "if the port is taken, choose another (torchrun --master-port), else check that the nodes reach each other"
+            "if the port is taken, choose another (MASTER_PORT, or torchrun --master-port), else check that the nodes "
+            "reach each other"
         ) from None
 
 

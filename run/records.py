@@ -42,6 +42,11 @@ class Records:
         self._sinks: list[Sink] = []
         self._refuted = False
 
+    @property
+    def peak_flops(self) -> float:
+        """Peak FLOP/s of one device, which MFU refers to."""
+        return self._scale.peak.flops
+
     def open(self, start: Start, samples: int, wandb_mode: str) -> None:
         """Start writing at `start.step`; lines of later steps move to metrics.discarded.jsonl. Rank 0 only."""
         run_dir, config = Path(self._recipe.run.dir), self._recipe.metrics

@@ -33,14 +33,8 @@ def corpus(prefix: Path, lengths: list[int], first: int = 1) -> list[list[int]]:
     return documents
 
 
-def stream(
-    prefix: Path | tuple, seq_len: int, *, seed: int = 0, validation=None, reset: bool = False
-):
-    train = (
-        str(prefix)
-        if isinstance(prefix, Path)
-        else tuple(str(x) if isinstance(x, Path) else x for x in prefix)
-    )
+def stream(prefix: Path | tuple, seq_len: int, *, seed: int = 0, validation=None, reset: bool = False):
+    train = str(prefix) if isinstance(prefix, Path) else tuple(str(x) if isinstance(x, Path) else x for x in prefix)
     folder = (prefix if isinstance(prefix, Path) else prefix[1]).parent
     config = DataConfig(
         train=train,
@@ -53,9 +47,7 @@ def stream(
     return open_data(config, vocab_size=100_000, seq_len=seq_len, seed=seed)
 
 
-LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=20).filter(
-    lambda lengths: sum(lengths) > 12
-)
+LENGTHS = st.lists(st.integers(0, 12), min_size=1, max_size=20).filter(lambda lengths: sum(lengths) > 12)
 
 
 @settings(max_examples=60, deadline=None)
@@ -131,9 +123,7 @@ def test_positions_and_documents_restart(tmp_path_factory, lengths, seq_len):
     corpus(prefix, lengths)
     data = stream(prefix, seq_len, reset=True).train
     batch = data.batch(range(data.num_samples))
-    for tokens, positions, ids in zip(
-        batch.tokens, batch.positions, batch.document_ids, strict=True
-    ):
+    for tokens, positions, ids in zip(batch.tokens, batch.positions, batch.document_ids, strict=True):
         position, document = 0, 0
         for column, token in enumerate(tokens.tolist()):
             assert (positions[column], ids[column]) == (position, document)
@@ -157,10 +147,7 @@ def test_split_is_disjoint_complete_and_spread(count, fraction):
 def test_validation_is_fixed_finite_and_apart_from_training(tmp_path):
     documents = corpus(tmp_path / "x", [20] * 50)
     runs = [stream(tmp_path / "x", 7, seed=seed, validation=0.1) for seed in (1, 2)]
-    held_out = [
-        np.stack([run.validation.sample(i) for i in range(run.validation.num_samples)])
-        for run in runs
-    ]
+    held_out = [np.stack([run.validation.sample(i) for i in range(run.validation.num_samples)]) for run in runs]
     assert (held_out[0] == held_out[1]).all()
     assert held_out[0].shape == ((5 * 20 - 1) // 7, 8)
     expected = sum([documents[i] for i in (5, 15, 25, 35, 45)], [])
@@ -185,19 +172,11 @@ def test_validation_of_its_own(tmp_path):
 def test_foreign_pair_is_hashed_by_index_and_scanned_once(tmp_path, monkeypatch):
     corpus(tmp_path / "x", [30, 30])
     (source,) = stream(tmp_path / "x", 4).hashes()
-    assert (
-        source["bin_sha256"] is None
-        and source["bin_bytes"] == 240
-        and len(source["idx_sha256"]) == 64
-    )
-    monkeypatch.setattr(
-        "data.indexed.IndexedDataset.token_range", None
-    )  # remembered: not called again
+    assert source["bin_sha256"] is None and source["bin_bytes"] == 240 and len(source["idx_sha256"]) == 64
+    monkeypatch.setattr("data.indexed.IndexedDataset.token_range", None)  # remembered: not called again
     data = stream(tmp_path / "x", 4)
     assert "60 tokens, 2 documents, tokens not hashed" in data.description()
-    with pytest.raises(
-        DataError, match=r"x\.bin: token id 10 at byte 36 is outside the vocabulary of 10"
-    ):
+    with pytest.raises(DataError, match=r"x\.bin: token id 10 at byte 36 is outside the vocabulary of 10"):
         config = DataConfig(
             train=str(tmp_path / "x"),
             validation=None,
@@ -216,9 +195,7 @@ def text(tmp_path_factory) -> Path:
 
 
 def opened(text: Path, vocab_size: int = 330, seq_len: int = 16, **options):
-    config = DataConfig(
-        **{"train": str(text), "cache": str(text.parent / "cache"), "workers": 1, **options}
-    )
+    config = DataConfig(**{"train": str(text), "cache": str(text.parent / "cache"), "workers": 1, **options})
     assert config.problems() == []
     return open_data(config, vocab_size=vocab_size, seq_len=seq_len, seed=0)
 
@@ -249,7 +226,7 @@ def test_what_cannot_be_opened(text, tmp_path):
          {"tokenizer": f"{made}.tokenizer.model", "vocab_size": 299}),
         (DataError, "token id 299 at byte",
          {"train": str(made), "tokenizer": None, "vocab_size": 299}),
-        (DataError, "was prepared with another tokenizer", {"train": str(made), "tokenizer": other}),
+        (DataError, "prepared with another tokenizer", {"train": str(made), "tokenizer": other}),
         (DataError, "proc", {"cache": "/proc/nowhere"}),
     ]  # fmt: skip
     for kind, message, options in cases:

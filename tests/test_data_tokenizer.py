@@ -35,12 +35,8 @@ def models(tmp_path_factory) -> dict[str, Path]:
     return {kind: folder / f"{kind}.model" for kind in ("bpe", "unigram")}
 
 
-ODD = st.text(
-    st.characters(exclude_characters="\u2581", exclude_categories=["Cs"]), max_size=40
-) | st.lists(
-    st.sampled_from(
-        [*WORDS, " ", "  ", "\n", "\r\n", "\t", "\0", "</s>", "<s>", "<unk>", "<0x0A>", "é", "😀"]
-    )
+ODD = st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"]), max_size=40) | st.lists(
+    st.sampled_from([*WORDS, " ", "  ", "\n", "\r\n", "\t", "\0", "</s>", "<s>", "<unk>", "<0x0A>", "é", "😀"])
 ).map("".join)
 
 
@@ -144,9 +140,7 @@ def test_hugging_face_tokenizer(tmp_path):
         show_progress=False,
     )
     model.train_from_iterator(prose(5), trainer)
-    model.post_processor = tokenizers.processors.TemplateProcessing(
-        "$A <eos>", special_tokens=[("<eos>", 1)]
-    )
+    model.post_processor = tokenizers.processors.TemplateProcessing("$A <eos>", special_tokens=[("<eos>", 1)])
     model.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path / "tokenizer.json")
     assert (tokenizer.vocab_size, tokenizer.eod_id) == (400, 1)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 
-from parallel.checkpoint import load_weights
+import recipe as recipes
+from convert.from_hf import main as from_hf
+from convert.to_hf import main as to_hf
+from data.loader import open_data
+from parallel.checkpoint import load_weights, newest
 from tests.launch import ROOT, command, environment, steps, tiny, train
 
 
@@ -179,6 +185,63 @@ def test_user_errors_are_one_message_and_a_code(tmp_path, arguments, code, words
     assert "Traceback" not in failed.stderr
     for word in words:
         assert word in failed.stderr
+
+
+def test_port_taken_is_one_message(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1])}
+        failed = subprocess.run(
+            command(tiny(tmp_path)),
+            env=environment() | rendezvous | {"RANK": "0", "WORLD_SIZE": "1"},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert failed.returncode == 2 and "MASTER_PORT" in failed.stderr, failed.stderr
+    assert "Traceback" not in failed.stderr
+
+
+def test_full_disk_while_saving_keeps_the_older_checkpoint(tmp_path):
+    """A real small file system: room for one checkpoint of this model, not for two."""
+    run = tmp_path / "run"
+    run.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(run)], capture_output=True).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        failed = train(tiny(tmp_path), "checkpoint.interval=5", "model.ffn_size=256", "checkpoint.keep=9")
+        assert failed.returncode == 4 and "No space left" in failed.stderr, failed.stderr
+        assert "Traceback" not in failed.stderr
+        kept = newest(run)
+        assert kept is not None and kept.step == steps(run)[-1]["step"] - 5
+        assert not list((run / "checkpoints").glob("step*.tmp"))
+    finally:
+        subprocess.run(["umount", str(run)], check=True)
+
+
+def test_exported_model_has_the_loss_of_the_run_and_comes_back(tmp_path):
+    """train -> Hugging Face -> the same validation loss there -> back -> the same loss before the first step."""
+    recipe, run = tiny(tmp_path), tmp_path / "run"
+    done = train(recipe, "model.dtype=fp32", "train.steps=5", "eval.interval=5", "checkpoint.interval=5")
+    assert done.returncode == 0, done.stderr
+    assert to_hf([str(run), str(tmp_path / "hf")]) == 0
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    config = recipes.load(str(run / "resolved.yaml"))
+    data = open_data(config.data, vocab_size=config.model.vocab_size, seq_len=32, seed=0)
+    samples = torch.stack([torch.from_numpy(data.validation.sample(i)) for i in range(data.validation.num_samples)])
+    with torch.no_grad():
+        logits = exported(samples[:, :-1]).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), samples[:, 1:].flatten())
+    assert loss.item() == pytest.approx(_validation_loss(run), rel=1e-5)
+
+    assert from_hf([str(tmp_path / "hf"), str(tmp_path / "back")]) == 0
+    tree = yaml.safe_load(recipe.read_text()) | {"base": str(tmp_path / "back" / "model.yaml")}
+    del tree["model"]
+    tree["run"]["dir"] = str(tmp_path / "again")
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(tree))
+    again = train(tmp_path / "again.yaml", "train.steps=1", "optimizer.lr=1e-30", "eval.interval=1")
+    assert again.returncode == 0, again.stderr
+    assert _validation_loss(tmp_path / "again") == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_unknown_recipe_is_one_message():
