@@ -24,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from data.loader import DataConfig
 from errors import UsageError
 from lowprec.optim import OptimizerConfig
+from lowprec.policy import Policy, PrecisionConfig, parse
 from lowprec.zero import ZeroConfig
 from model.config import ModelConfig
 from parallel.checkpoint import CheckpointConfig
@@ -152,6 +153,7 @@ class Recipe:
     train: TrainConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -311,6 +313,17 @@ def load(name: str, overrides: tuple[str, ...] = (), world_size: int = 1) -> Rec
     if problems := recipe.problems(world_size):
         raise UsageError(f"recipe {recipe.name}:\n" + "\n".join(f"  {problem}" for problem in problems))
     return recipe
+
+
+def load_policy(name: str) -> Policy:
+    """The precision policy `name`: a name in recipes/precision/, or the path of such a file. Raises UsageError."""
+    path = Path(name) if Path(name).suffix in {".yaml", ".yml"} else RECIPES / "precision" / f"{name}.yaml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        known = sorted(p.stem for p in (RECIPES / "precision").glob("*.yaml"))
+        raise UsageError(f"cannot read precision policy {name!r}{_nearest(name, known)} ({error})") from None
+    return parse(load_yaml(text, str(path)), str(path))
 
 
 def from_dict(tree: dict[str, Any], source: str) -> Recipe:

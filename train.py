@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import recipe as recipes
@@ -33,6 +34,7 @@ def train_step(run: Run) -> StepRecord:
     """One optimizer step over the global batch: accumulate, reduce, clip, update."""
     began = time.perf_counter()
     lr, losses = run.lr(), []
+    run.begin_step()
     for batch in run.micro_batches():
         loss = run.engine(batch.tokens, batch.labels, batch.positions, batch.document_ids)
         run.engine.backward(loss.loss)
@@ -63,6 +65,8 @@ def train(run: Run) -> int:
 def main(argv: list[str]) -> int:
     """Run one command line; returns the exit code."""
     launch = read_launch()
+    # DeepSpeed calls collectives by names that torch now deprecates; nothing that a user could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     run_dir: Path | None = None
     code, reason = 0, "done"
@@ -72,7 +76,13 @@ def main(argv: list[str]) -> int:
             return print_recipes()
         recipe = recipes.load(options.recipe, tuple(overrides), launch.world_size)
         run_dir = Path(recipe.run.dir)
-        run = build(recipe, launch, options.resume, os.environ.get("WANDB_MODE", "offline"))
+        run = build(
+            recipe,
+            launch,
+            options.resume,
+            allow_precision_change=options.allow_precision_change,
+            wandb_mode=os.environ.get("WANDB_MODE", "offline"),
+        )
         with run:
             code = train(run)
             reason = run.stop_reason() or reason
@@ -114,6 +124,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     what.add_argument("--list", action="store_true", help="show the recipes")
     parser.add_argument(
         "--resume", default="auto", metavar="auto|never|PATH", help="auto: the run's newest checkpoint, if any"
+    )
+    parser.add_argument(
+        "--allow-precision-change",
+        action="store_true",
+        help="resume under another precision policy than the checkpoint's",
     )
     own = {"--recipe", "--resume"}
     overrides = [word for word in argv if re.match(r"(--)?[a-z_]\w*(\.\w+)*=", word) and word.split("=")[0] not in own]

@@ -269,12 +269,17 @@ def locate(path: Path) -> Path:
 
 
 def load(
-    checkpoint: Checkpoint, fragments: Sequence[Fragment], group: dist.ProcessGroup | None = None
+    checkpoint: Checkpoint,
+    fragments: Sequence[Fragment],
+    group: dist.ProcessGroup | None = None,
+    *,
+    optional: frozenset[str] = frozenset(),
 ) -> dict[str, Tensor]:
     """Fill the fragments' tensors in place; return this rank's generator states. Collective over `group`.
 
-    The fragments need not be cut as they were when saved. Generator states come back only if as many ranks load as
-    saved; otherwise the result is empty, a warning is logged, and the caller seeds anew.
+    The fragments need not be cut as they were when saved. Tensors of the kinds in `optional` may be missing on either
+    side: they stay as they are, or are not read. Generator states come back only if as many ranks load as saved;
+    otherwise the result is empty, a warning is logged, and the caller seeds anew.
 
     Raises CheckpointError if names, shapes or types differ, before any tensor is written.
     """
@@ -282,12 +287,14 @@ def load(
     state: dcp.State = {}
 
     def gather() -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        state.update(_state(fragments))
+        stored = tensors(checkpoint.index)
+        found = _state(fragments).items()
+        state.update({key: shards for key, shards in found if key in stored or key.split("/")[0] not in optional})
         return {key: (shards.shape, shards.dtype) for key, shards in state.items()}
 
     ranks.agree(
         gather,
-        functools.partial(_compare, checkpoint),
+        functools.partial(_compare, checkpoint, optional),
         f"checkpoint {checkpoint.path} is of another model or optimizer",
     )
     rng: dict[str, Tensor] = {}
@@ -348,13 +355,15 @@ def _whole(tensor: Tensor) -> dcp.Shards:
     return shards
 
 
-def _compare(checkpoint: Checkpoint, per_rank: list[dict[str, tuple[tuple[int, ...], torch.dtype]]]) -> None:
+def _compare(
+    checkpoint: Checkpoint, optional: frozenset[str], per_rank: list[dict[str, tuple[tuple[int, ...], torch.dtype]]]
+) -> None:
     """Raise CheckpointError listing where saved and live tensors (of all ranks) differ."""
     live = {key: entry for table in per_rank for key, entry in table.items()}
     saved = {
         key: (checkpoint.shapes.get(key.split("/", 1)[1]), entry.properties.dtype)
         for key, entry in tensors(checkpoint.index).items()
-        if not key.startswith(f"{RNG}/")
+        if not key.startswith(f"{RNG}/") and (key in live or key.split("/")[0] not in optional)
     }
     differing = sorted(key for key in live.keys() | saved.keys() if live.get(key) != saved.get(key))
     if not differing:

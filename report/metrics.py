@@ -154,6 +154,10 @@ class MetricsWriter:
         assert not values.keys() & record.extra.keys(), f"a field is shadowed by {record.extra}"
         self._write({**values, **record.extra})
 
+    def note(self, kind: str, step: int, values: Mapping[str, object]) -> None:
+        """Write another kind of record about `step`."""
+        self._write({"kind": kind, "step": step, **values})
+
     def _write(self, values: Mapping[str, object]) -> None:
         self._out.write(_line(values))
 

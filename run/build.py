@@ -17,30 +17,35 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data.loader import Data, open_data
-from errors import UsageError
+from errors import CheckpointError, UsageError
+from lowprec.apply import Precision, RunFacts
+from lowprec.policy import HIGH
 from lowprec.zero import Engine, Fragment, build_engine
 from model.init import initial_range
 from model.transformer import Transformer
 from model.weights import load_initial_weights, logical_shape, parameter_shapes
 from parallel import checkpoint
 from parallel.mesh import Mesh, build_mesh
-from recipe import Recipe, to_dict
-from report.flops import find_peak
+from recipe import Recipe, load_policy, to_dict
+from report.flops import find_peak, measure_gemm
 from report.manifest import Start
 from run.environment import Launch, choose_device, join, keep_memory, use_all_cores
 from run.records import Records, Scale
 from run.signals import StopRequest
-from run.state import Run, restore_random_states
+from run.state import AMAX, Run, restore_random_states
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def build(recipe: Recipe, launch: Launch, resume: str, wandb_mode: str = "offline") -> Run:
+def build(
+    recipe: Recipe, launch: Launch, resume: str, *, allow_precision_change: bool = False, wandb_mode: str = "offline"
+) -> Run:
     """Everything ready for the next step: fresh, or resumed from a checkpoint. Collective over all ranks.
 
     resume: auto (the newest valid checkpoint of the run directory, if any), never, or the path of a checkpoint.
+    allow_precision_change: resume under another precision table than the checkpoint's.
     """
     stop = StopRequest()
     device = choose_device(recipe.device, launch)
@@ -57,7 +62,8 @@ def build(recipe: Recipe, launch: Launch, resume: str, wandb_mode: str = "offlin
     join(device, launch, recipe.parallel.timeout_s)
     mesh = build_mesh(recipe.parallel)
     start = checkpoint.resolve(Path(recipe.run.dir), resume)
-    engine = _build_engine(recipe, mesh, device)
+    model, precision = _build_model(recipe, device)
+    engine = _build_engine(recipe, model, mesh)
     dist.barrier()  # so that all ranks of a node measure the peak under the load of all
     scale = Scale(
         flops_per_token=recipe.model.flops_per_token(recipe.train.seq_len),
@@ -65,11 +71,12 @@ def build(recipe: Recipe, launch: Launch, resume: str, wandb_mode: str = "offlin
         devices=mesh.world_size,
         device=device,
     )
-    run = Run(recipe, mesh, device, data, engine, Records(recipe, scale), stop)
-    _restore(run, start)
+    run = Run(recipe, mesh, device, data, engine, precision, Records(recipe, scale), stop)
+    _restore(run, start, allow_precision_change)
     if mesh.rank == 0:
         _open_records(run, launch, start, resume, wandb_mode)
         run.records.message(f"peak {scale.peak}; {scale.flops_per_token / 1e6:.1f} MFLOP a token")
+        run.records.message(f"precision policy {recipe.precision.policy}\n{precision.describe()}")
     return run
 
 
@@ -78,13 +85,33 @@ def _check_validation(recipe: Recipe, data: Data) -> None:
         raise UsageError("eval.interval is set, data.validation is null; name validation data, or set eval.interval=0")
 
 
-def _build_engine(recipe: Recipe, mesh: Mesh, device: torch.device) -> Engine:
+def _build_model(recipe: Recipe, device: torch.device) -> tuple[Transformer, Precision]:
+    """The model with its precision applied, parameters uninitialised (the engine fills them from FP32 masters)."""
     train = recipe.train
-    # Parameters are left uninitialised: the FP32 masters are filled below, and the working weights from them.
     with torch.device(device):
         model = Transformer(recipe.model, z_loss=train.z_loss)
+    facts = RunFacts(
+        seed=train.seed,
+        steps=train.steps,
+        tokens_per_step=train.global_batch * train.seq_len,
+        keep_weights=recipe.zero.stage < 3,
+        gemm_dtype=_faster_gemm(device) if recipe.precision.policy != HIGH else torch.bfloat16,
+    )
+    precision = Precision(model, load_policy(recipe.precision.policy), recipe.precision, facts)
     if should_compile(recipe, device):
         compile_model(model)
+    return model, precision
+
+
+def _faster_gemm(device: torch.device) -> torch.dtype:
+    """BF16, unless a short measurement finds FP32 GEMMs faster (CPUs without BF16 instructions)."""
+    if device.type == "cuda" or measure_gemm(device, torch.bfloat16) >= measure_gemm(device, torch.float32):
+        return torch.bfloat16
+    return torch.float32
+
+
+def _build_engine(recipe: Recipe, model: Transformer, mesh: Mesh) -> Engine:
+    train = recipe.train
     engine = build_engine(
         model,
         recipe.zero,
@@ -132,11 +159,16 @@ def compile_model(model: Transformer) -> None:
     model.cross_entropy.compile(dynamic=False)
 
 
-def _restore(run: Run, start: checkpoint.Checkpoint | None) -> None:
-    """Continue from `start`: weights, optimizer states, update count, position, random states."""
+def _restore(run: Run, start: checkpoint.Checkpoint | None, allow_precision_change: bool) -> None:
+    """Continue from `start`: weights, optimizer states, update count, amax histories, position, random states."""
     if start is None:
         return
-    rng = checkpoint.load(start, run.engine.fragments(), run.mesh.dp_group)
+    if start.meta["precision"] != run.precision.table() and not allow_precision_change:
+        raise CheckpointError(
+            f"{start.path} was trained under another precision table ({start.meta['recipe']['precision']['policy']}, "
+            f"this run {run.recipe.precision.policy}); use that recipe, or say --allow-precision-change"
+        )
+    rng = checkpoint.load(start, run.fragments(), run.mesh.dp_group, optional=frozenset({AMAX}))
     run.engine.updates = start.meta["updates"]
     run.engine.refresh_weights()
     run.step, run.samples = start.step, start.meta["samples"]

@@ -82,6 +82,12 @@ class Records:
             self._refuted = True
             self._console.message(self._scale.peak.refuted_by(record.tflops * 1e12) or "")
 
+    def receipt(self, gemms: Mapping[str, int]) -> None:
+        """What the GEMMs of the first step really ran in."""
+        if self._console and self._metrics:
+            self._metrics.note("receipt", 1, {"gemms": dict(gemms)})
+            self._console.message("\n".join(["GEMMs of the first step:", *(f"  {n:6d} {g}" for g, n in gemms.items())]))
+
     def validation(self, record: ValidationRecord) -> None:
         if self._console and self._metrics:
             self._metrics.validation(record)

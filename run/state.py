@@ -15,7 +15,8 @@ from torch import Tensor
 from data.baseline import interpolated_bigram_cross_entropy
 from data.loader import Data
 from data.stream import Batch
-from lowprec.zero import Engine, StepResult
+from lowprec.apply import Precision
+from lowprec.zero import Engine, Fragment, StepResult
 from parallel import checkpoint
 from parallel.mesh import Mesh
 from recipe import Recipe, to_dict
@@ -24,6 +25,8 @@ from run.evaluation import validation_loss
 from run.records import Records
 from run.schedules import lr_factor
 from run.signals import StopRequest
+
+AMAX = "amax"  # kind of the tensors of delayed scaling in a checkpoint; another policy may not have them
 
 
 @dataclass
@@ -35,6 +38,7 @@ class Run:
     device: torch.device
     data: Data
     engine: Engine
+    precision: Precision
     records: Records
     signals: StopRequest
     step: int = 0
@@ -57,15 +61,24 @@ class Run:
         """Learning rate of the next step."""
         return self.recipe.optimizer.lr * lr_factor(self.recipe.schedule, self.step, self.recipe.train.steps)
 
+    def begin_step(self) -> None:
+        """The precision of the next step: quantized copies of the weights as they are now, perhaps a new phase."""
+        if news := self.precision.begin_step(self.step):
+            self.records.message(news)
+
     def micro_batches(self) -> Iterator[Batch]:
         """This rank's micro-batches of the next step, dealt out over the ranks as Megatron-LM does."""
         train, mesh = self.recipe.train, self.mesh
         for first in range(mesh.dp_rank * train.micro_batch, train.global_batch, mesh.dp * train.micro_batch):
             start = self.samples + first
+            self.precision.at(first * train.seq_len)
             yield self.data.train.batch(range(start, start + train.micro_batch)).to(self.device)
 
     def finish_step(self, losses: Sequence[Tensor], lr: float, update: StepResult, began: float) -> StepRecord:
         """Advance the position; agree over all ranks on the loss and on stopping. `began` on perf_counter's clock."""
+        self.precision.end_step(self.mesh.dp_group)
+        if self.step == 0 and (receipt := self.precision.receipt()):
+            self.records.receipt(receipt)
         self.step += 1
         self.samples += self.recipe.train.global_batch
         mine = torch.stack([torch.stack(list(losses)).double().mean(), self._asked_to_stop()])
@@ -99,6 +112,7 @@ class Run:
         assert stream is not None and stream.num_samples is not None, "checked when the run was built"
         count = min(self.recipe.eval.samples or stream.num_samples, stream.num_samples)
         micro_batch = self.recipe.train.micro_batch
+        self.begin_step()  # validation sees the weights as they are after the last update
         self.validated = validation_loss(self.engine, stream, count, micro_batch, self.mesh, self.device)
         tokens = self.samples * self.recipe.train.seq_len
         self.records.validation(
@@ -117,6 +131,14 @@ class Run:
                 "interpolated bigram model on the same tokens"
             )
 
+    def fragments(self) -> list[Fragment]:
+        """Everything that a checkpoint holds of this rank; amax histories are the same on all ranks."""
+        amaxes = self.precision.state().items()
+        return [
+            *self.engine.fragments(),
+            *(Fragment(name, (tensor.numel(),), 0, {AMAX: tensor.view(-1)}) for name, tensor in amaxes),
+        ]
+
     def save(self) -> None:
         """Write the checkpoint of the steps done so far. Collective."""
         meta = {
@@ -124,11 +146,12 @@ class Run:
             "samples": self.samples,
             "updates": self.engine.updates,
             "data": self.data.hashes(),
+            "precision": self.precision.table(),
         }
         where = checkpoint.save(
             Path(self.recipe.run.dir),
             self.step,
-            self.engine.fragments(),
+            self.fragments(),
             meta,
             rng=random_states(self.device),
             group=self.mesh.dp_group,

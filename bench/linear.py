@@ -1,0 +1,113 @@
+"""One linear, forward and backward, in each precision over the same linear in BF16: ratios of time, in one process.
+
+    python -m bench.linear [--threads 2] [--repetitions 15] [--json FILE|-]
+
+Large is M 2048, K 1024, N 1024 (keys without suffix); small is M 1024, K 256, N 256 (`_small`). The baseline is
+nn.Linear with the same FP32 gradient accumulator; for `_fp32_wgrad` both sides give the weight gradient in FP32. The
+weight's quantized copies are made in each repetition, as in a run without gradient accumulation. `_plain` is the path
+without a compiler (lowprec/reference.py). `_unpacked` keeps the saved input decoded. Minimum over interleaved
+repetitions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from bench.common import parser, report
+from lowprec import dispatch
+from lowprec.apply import Precision, RunFacts
+from lowprec.policy import PrecisionConfig
+from recipe import load_policy
+from run.environment import keep_memory
+
+POLICIES = ("mxfp8", "nvfp4", "fp8_current", "fp8_block", "mxfp4")
+SHAPES = {"": (2048, 1024, 1024), "_small": (1024, 256, 256)}
+
+
+def step(policy: str, shape: tuple[int, int, int], wgrad: str, pack: bool = True) -> Callable[[], None]:
+    """A function that runs one forward and backward; "plain" is nn.Linear itself."""
+    tokens, features, outputs = shape
+    torch.manual_seed(0)
+    linear = nn.Linear(features, outputs, bias=False, dtype=torch.bfloat16)
+    linear.weight.grad_dtype = torch.float32  # pyright: ignore[reportAttributeAccessIssue]
+    model = nn.ModuleDict({"linear": linear})
+    x = torch.randn(tokens, features).bfloat16().requires_grad_()
+    dy = (torch.randn(tokens, outputs) * 1e-3).bfloat16()
+    precision = None
+    if policy != "bf16" or wgrad == "fp32":
+        tree = load_policy(policy)
+        rules = tuple(rule for rule in tree.rules if rule.match != "lm_head")
+        tree = type(tree)(tree.schemes, tuple(type(rule)("*", rule.use) for rule in rules))
+        config = PrecisionConfig(policy=policy, wgrad_output="fp32" if wgrad == "fp32" else "bf16", pack_saved=pack)
+        facts = RunFacts(seed=0, steps=10, tokens_per_step=tokens, swap_all=True)
+        precision = Precision(model, tree, config, facts)
+
+    def run() -> None:
+        if precision is not None:
+            precision.begin_step(1)
+        x.grad = None
+        model["linear"](x).backward(dy)  # the weight's gradient accumulates, as over micro-batches
+
+    return run
+
+
+@contextmanager
+def plain_path() -> Iterator[None]:
+    """Take the reference for everything, as on a machine without a compiler."""
+    chosen = dispatch.path
+    dispatch.path = lambda *_: dispatch.PLAIN
+    try:
+        yield
+    finally:
+        dispatch.path = chosen
+
+
+def minimum(variants: dict[str, Callable[[], None]], repetitions: int) -> dict[str, float]:
+    """Least seconds of each, called in turns after two calls that do not count."""
+    best = dict.fromkeys(variants, float("inf"))
+    for repetition in range(repetitions + 2):
+        for name, function in variants.items():
+            began = time.perf_counter()
+            if name.endswith("_plain"):
+                with plain_path():
+                    function()
+            else:
+                function()
+            if repetition >= 2:
+                best[name] = min(best[name], time.perf_counter() - began)
+    return best
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--threads", type=int, default=2)
+    made.add_argument("--repetitions", type=int, default=15)
+    options = made.parse_args()
+    keep_memory()
+    torch.set_num_threads(options.threads)
+    figures: dict[str, float | int | str] = {"threads": options.threads}
+    for suffix, shape in SHAPES.items():
+        variants = {"bf16": step("bf16", shape, "bf16"), "bf16_fp32_wgrad": step("bf16", shape, "fp32")}
+        for policy in POLICIES:
+            variants[policy] = step(policy, shape, "bf16")
+            variants[f"{policy}_unpacked"] = step(policy, shape, "bf16", pack=False)
+            variants[f"{policy}_fp32_wgrad"] = step(policy, shape, "fp32")
+        if not suffix:
+            variants["mxfp8_plain"] = step("mxfp8", shape, "bf16")
+            variants["nvfp4_plain"] = step("nvfp4", shape, "bf16")
+        seconds = minimum(variants, options.repetitions)
+        figures[f"bf16_ms{suffix}"] = 1e3 * seconds["bf16"]
+        for name in variants:
+            base = "bf16_fp32_wgrad" if name.endswith("_fp32_wgrad") else "bf16"
+            if name != base:
+                figures[f"{name}{suffix}"] = seconds[name] / seconds[base]
+    report(figures, options.json)
+
+
+if __name__ == "__main__":
+    main()

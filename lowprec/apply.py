@@ -1,0 +1,150 @@
+"""Put a policy to work on a model: swap its linears by name, keep weights and names, and follow the run's steps.
+
+precision = Precision(model, policy, config, ...)      before the optimizer takes the parameters
+precision.begin_step(step)                             weights changed: new copies; a new phase may begin
+precision.at(row)                                      before each micro-batch: where its tokens are
+precision.end_step(group)                              delayed scaling takes its new scales
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from errors import UsageError
+from lowprec.linear import LowPrecisionLinear, Shared
+from lowprec.philox import StepContext
+from lowprec.policy import Phase, Policy, PrecisionConfig, Slots, describe, table_to_dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What precision needs to know of the run.
+
+    seed:            of the random bits and signs
+    steps, tokens_per_step: of the run; they turn the schedule's phases into steps
+    keep_weights:    False where weights are gathered for each use (ZeRO 3)
+    gemm_dtype:      in which exact operands are multiplied
+    swap_all:        swap linears that are never quantized, too (to compare like with like)
+    """
+
+    seed: int
+    steps: int
+    tokens_per_step: int
+    keep_weights: bool = True
+    gemm_dtype: torch.dtype = torch.bfloat16
+    swap_all: bool = False
+
+
+class Precision:
+    """The resolved precision of a model, at the step that the run stands at."""
+
+    def __init__(self, model: nn.Module, policy: Policy, config: PrecisionConfig, facts: RunFacts) -> None:
+        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        blocks = 1 + max((int(name.split(".")[1]) for name in linears if name.startswith("layers.")), default=-1)
+        policy = policy.with_bf16_blocks(config.bf16_first, config.bf16_last)
+        self.tables = [(0, policy.resolve(list(linears), blocks))]
+        for phase in config.schedule:
+            self._add_phase(policy, phase, facts)
+        self.shared = Shared(
+            position=StepContext(seed=facts.seed),
+            gemm_dtype=facts.gemm_dtype,
+            wgrad_dtype=torch.float32 if config.wgrad_output == "fp32" else torch.bfloat16,
+            pack_saved=config.pack_saved,
+            keep_weights=facts.keep_weights,
+        )
+        self._table = self.tables[0][1]
+        # A linear that is quantized in any phase is swapped; the others stay what they are.
+        wanted = {
+            name for _, table in self.tables for name, slots in table.items() if slots.quantized or facts.swap_all
+        }
+        self.layers = {name: _swap(model, name, linears[name], self._table[name], self.shared) for name in wanted}
+        if problems := [line for name, layer in self.layers.items() for line in _shape_problems(name, layer)]:
+            raise UsageError("\n".join(["the precision policy does not fit the model:", *problems]))
+
+    def _add_phase(self, policy: Policy, phase: Phase, facts: RunFacts) -> None:
+        begin = phase.first_step(facts.steps, facts.tokens_per_step)
+        last, table = self.tables[-1]
+        if begin <= last or begin >= facts.steps:
+            raise UsageError(
+                f"a phase of precision.schedule begins at step {begin}; it must lie after the phase before it ({last}) "
+                f"and before train.steps ({facts.steps})"
+            )
+        self.tables.append((begin, policy.at(table, phase)))
+
+    def begin_step(self, step: int) -> str | None:
+        """Take the phase of `step` and quantize the weights for it; says so if other slots begin here."""
+        self.shared.position = replace(self.shared.position, step=step, row=0)
+        table = next(table for begin, table in reversed(self.tables) if begin <= step)
+        news = None
+        if table is not self._table:
+            self._table, news = table, f"precision from step {step} on:\n{describe(table)}"
+            for name, layer in self.layers.items():
+                layer.use(table[name])
+        for layer in self.layers.values():
+            layer.prepare()
+        return news
+
+    def at(self, row: int) -> None:
+        """The next micro-batch starts at this global row: (sample in the global batch) * seq_len."""
+        self.shared.position = replace(self.shared.position, row=row)
+
+    def end_step(self, group: dist.ProcessGroup | None = None) -> None:
+        """After backward: the amaxes of all ranks decide the next scales of delayed scaling. Collective."""
+        states = self._delayed()
+        if not states:
+            return
+        amaxes = torch.stack([state.history[0] for state in states.values()])
+        dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=group)
+        for state, amax in zip(states.values(), amaxes, strict=True):
+            state.record(amax)
+            state.advance()
+
+    def state(self) -> dict[str, Tensor]:
+        """Live tensors that a checkpoint needs, the same on all data-parallel ranks: name -> tensor."""
+        return {
+            f"{name}.{key}": tensor
+            for name, state in self._delayed().items()
+            for key, tensor in state.state_dict().items()
+        }
+
+    def receipt(self) -> dict[str, int]:
+        """GEMMs run so far, "fprop e4m3 (fused) x e4m3 (fused) in bfloat16" -> how many."""
+        return {f"{gemm} {a} x {b} in {product}": n for (gemm, a, b, product), n in sorted(self.shared.counts.items())}
+
+    def table(self) -> dict[str, object]:
+        """JSON-able: the resolved slots of every linear, for each phase by its first step."""
+        return {str(begin): table_to_dict(table) for begin, table in self.tables}
+
+    def describe(self) -> str:
+        """The table of the first phase, and when others begin."""
+        later = [f"from step {begin} on:\n{describe(table)}" for begin, table in self.tables[1:]]
+        return "\n".join([describe(self.tables[0][1]), *later])
+
+    def _delayed(self) -> dict:
+        return {
+            f"{name}.{kind}": state
+            for name, layer in sorted(self.layers.items())
+            for kind, state in sorted(layer.delayed.items())
+        }
+
+
+def _swap(model: nn.Module, name: str, linear: nn.Linear, slots: Slots, shared: Shared) -> LowPrecisionLinear:
+    layer = LowPrecisionLinear(linear, name, slots, shared)
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+    return layer
+
+
+def _shape_problems(name: str, layer: LowPrecisionLinear) -> list[str]:
+    """A Hadamard rotation needs whole groups along the features that it turns."""
+    sizes = {"fprop": layer.in_features, "dgrad": layer.out_features}
+    return [
+        f"{name}: {gemm} rotates groups of {spec.hadamard} features, which do not divide {sizes[gemm]}"
+        for gemm in sizes
+        for spec in (layer.specs[f"{gemm}.a"],)
+        if spec is not None and spec.hadamard and sizes[gemm] % spec.hadamard
+    ]

@@ -1,0 +1,230 @@
+"""A linear whose three GEMMs multiply quantized operands: one autograd.Function over the six slots.
+
+    fprop   y  = Q(x)  Q(w)^T     x and w along K (in features)
+    dgrad   dx = Q(dy) Q(w)       dy and w along N (out features)
+    wgrad   dw = Q(dy)^T Q(x)     dy and x along T (tokens)
+
+Each Q quantizes the high-precision matrix along its own GEMM's reduction axis. A quantized operand is exact in BF16,
+so a BF16 GEMM with FP32 accumulation multiplies the very numbers that a tensor core would; tensor scales are applied to
+the FP32 accumulator (GEMM alpha), rounded once. Operands that BF16 cannot hold exactly take an FP32 GEMM.
+
+The weight's copies are made once a step (`prepare`) and shared by all micro-batches. Of the input only the wgrad copy
+is saved, packed. Random bits depend on the position of the micro-batch, not on a generator: recomputation gives the
+same. The weight gradient goes to autograd, whose accumulator is FP32 (lowprec/zero.py), or into the queue of a split
+backward.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from lowprec import dispatch
+from lowprec.delayed import DelayedScale
+from lowprec.formats import QuantSpec
+from lowprec.philox import StepContext
+from lowprec.policy import GEMMS, Slots
+from lowprec.quantized import Axis, Operand, QuantizedTensor
+
+# slot -> (which matrix, the axis that its GEMM reduces)
+SLOT_AXES: dict[str, tuple[str, Axis]] = {
+    "fprop.a": ("x", -1),
+    "fprop.b": ("w", -1),
+    "dgrad.a": ("dy", -1),
+    "dgrad.b": ("w", 0),
+    "wgrad.a": ("dy", 0),
+    "wgrad.b": ("x", 0),
+}
+
+
+@dataclass
+class Shared:
+    """What all low-precision linears of a model share: one object, changed between micro-batches by its owner.
+
+    position:      step and first token of the micro-batch, for random bits
+    gemm_dtype:    BF16, or FP32 on machines whose BF16 GEMMs are slower (the products are exact in both)
+    wgrad_dtype:   of a weight gradient as it leaves its GEMM
+    pack_saved:    save the wgrad copy of the input packed; else decoded
+    keep_weights:  keep the weight's quantized copies for the whole step (False: made anew at each use, for ZeRO 3)
+    deferred:      None, or the queue of weight gradients of a split backward
+    counts:        GEMMs run, by (gemm, element of a and what quantized it, the same of b, dtype of the product)
+    """
+
+    position: StepContext
+    gemm_dtype: torch.dtype = torch.bfloat16
+    wgrad_dtype: torch.dtype = torch.bfloat16
+    pack_saved: bool = True
+    keep_weights: bool = True
+    deferred: list[tuple[nn.Parameter, Callable[[], Tensor]]] | None = None
+    counts: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
+
+
+class LowPrecisionLinear(nn.Module):
+    """Drop-in for an nn.Linear: same parameters under the same names."""
+
+    def __init__(self, linear: nn.Linear, name: str, slots: Slots, shared: Shared) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.name, self.shared = name, shared
+        self.delayed: dict[str, DelayedScale] = {}
+        self._copies: dict[str, Operand] = {}
+        self.use(slots)
+
+    def use(self, slots: Slots) -> None:
+        """Take other slots from now on; histories of delayed scaling go on where the format stays."""
+        self.slots = slots
+        self.specs: dict[str, QuantSpec | None] = {
+            f"{gemm}.{side}": getattr(getattr(slots, gemm), side) for gemm in GEMMS for side in ("a", "b")
+        }
+        for slot, spec in self.specs.items():
+            if spec is not None and spec.amax_history and SLOT_AXES[slot][0] not in self.delayed:
+                self.delayed[SLOT_AXES[slot][0]] = DelayedScale(spec, device=self.weight.device)
+        self._copies.clear()
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, scheme={self.slots.scheme}"
+
+    @torch.compiler.disable  # the step and the caches are Python state; the rest of a block is compiled around it
+    def forward(self, x: Tensor) -> Tensor:
+        return _Linear.apply(x, self.weight, self.bias, self)
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Make the weight's copies of this step; to be called when the weight has changed."""
+        self._copies.clear()
+        if self.shared.keep_weights:
+            for slot in ("fprop.b", "dgrad.b"):
+                self._copies[slot] = self.weight_operand(slot)
+
+    def weight_operand(self, slot: str) -> Operand:
+        """Q(w) for fprop.b or dgrad.b; the two are one where blocks are square or the whole tensor."""
+        if slot in self._copies:
+            return self._copies[slot]
+        if slot == "dgrad.b" and "fprop.b" in self._copies and _same_both_ways(self.specs):
+            return self._copies["fprop.b"]
+        return self.operand(slot, self.weight.detach(), self.shared.position)
+
+    def operand(self, slot: str, matrix: Tensor, position: StepContext) -> Operand:
+        """Quantize and decode a matrix for its slot."""
+        spec, (kind, axis) = self.specs[slot], SLOT_AXES[slot]
+        if spec is None:
+            return Operand(matrix, None, None)
+        key = position.key(self.name, slot, tokens=kind != "w")
+        found = dispatch.operand(matrix, spec, axis, key, self._encode_scale(kind, spec), _dtype(spec))
+        self._record(kind, spec, found.amax)
+        return found
+
+    def pack(self, slot: str, matrix: Tensor, position: StepContext) -> QuantizedTensor:
+        """Quantize a matrix for its slot, to be decoded later."""
+        spec, (kind, axis) = self.specs[slot], SLOT_AXES[slot]
+        assert spec is not None
+        key = position.key(self.name, slot, tokens=kind != "w")
+        packed = dispatch.quantize(matrix, spec, axis, key, self._encode_scale(kind, spec))
+        self._record(kind, spec, packed.amax)
+        return packed
+
+    def _encode_scale(self, kind: str, spec: QuantSpec) -> Tensor | None:
+        return self.delayed[kind].scale if spec.amax_history else None
+
+    def _record(self, kind: str, spec: QuantSpec, amax: Tensor | None) -> None:
+        if spec.amax_history:
+            assert amax is not None
+            self.delayed[kind].record(amax)
+
+    def count(self, gemm: str, product: str) -> None:
+        """Note one GEMM for the receipt: its operands' elements, what quantized them, and the product's dtype."""
+        words, place = [], (self.weight.dtype, self.weight.device.type)
+        for side in ("a", "b"):
+            spec, axis = self.specs[f"{gemm}.{side}"], SLOT_AXES[f"{gemm}.{side}"][1]
+            words.append("high" if spec is None else f"{spec.element} ({dispatch.path(spec, axis, *place)})")
+        self.shared.counts[gemm, words[0], words[1], product] += 1
+
+
+def _same_both_ways(specs: dict[str, QuantSpec | None]) -> bool:
+    """Whether the weight's copies for fprop and dgrad are the same numbers."""
+    one, other = specs["fprop.b"], specs["dgrad.b"]
+    if one is None or one != other or one.hadamard or one.rounding == "stochastic":
+        return False
+    return one.block == "tensor" or isinstance(one.block, tuple) and one.block[0] == one.block[1]
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layer: LowPrecisionLinear) -> Tensor:
+        shared, matrix = layer.shared, x.reshape(-1, layer.in_features)
+        ctx.layer, ctx.position, ctx.shape = layer, shared.position, x.shape
+        ctx.deferred, ctx.has_bias = shared.deferred, bias is not None
+        a, b = layer.operand("fprop.a", matrix, shared.position), layer.weight_operand("fprop.b")
+        y = _gemm(layer, "fprop", a, b, bias)
+        ctx.packed = None
+        if weight.requires_grad and layer.specs["wgrad.b"] is not None and shared.pack_saved:
+            packed = layer.pack("wgrad.b", matrix, shared.position)
+            # Tensors go through save_for_backward, so that activation recomputation can drop them.
+            ctx.packed = replace(packed, codes=torch.empty(0), scales=torch.empty(0), amax=None)
+            ctx.save_for_backward(packed.codes, packed.scales, packed.amax)
+        elif weight.requires_grad:
+            ctx.save_for_backward(*layer.operand("wgrad.b", matrix, shared.position))
+        return y.view(*x.shape[:-1], layer.out_features)
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        layer: LowPrecisionLinear = ctx.layer
+        dy = gradients[0].reshape(-1, layer.out_features)
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = _gemm(
+                layer, "dgrad", layer.operand("dgrad.a", dy, ctx.position), layer.weight_operand("dgrad.b")
+            ).view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            saved, packed, position = ctx.saved_tensors, ctx.packed, ctx.position
+
+            def weight_gradient() -> Tensor:
+                x = Operand(*saved)
+                if packed is not None:
+                    whole = replace(packed, codes=saved[0], scales=saved[1], amax=saved[2])
+                    x = dispatch.decode(whole, _dtype(packed.spec), layer.weight.dtype)
+                return _gemm(layer, "wgrad", layer.operand("wgrad.a", dy, position), x)
+
+            if ctx.deferred is None:
+                dw = weight_gradient()
+            else:
+                ctx.deferred.append((layer.weight, weight_gradient))
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            db = dy.sum(0, dtype=torch.float32)
+        return dx, dw, db, None
+
+
+def _dtype(spec: QuantSpec) -> torch.dtype:
+    return torch.bfloat16 if spec.exact_in_bf16 else torch.float32
+
+
+def _gemm(layer: LowPrecisionLinear, gemm: str, a: Operand, b: Operand, bias: Tensor | None = None) -> Tensor:
+    """The product of two operands as `gemm` orders them; scales and bias meet the FP32 accumulator, one rounding."""
+    left = a.values.T if gemm == "wgrad" else a.values
+    right = b.values.T if gemm == "fprop" else b.values
+    scales = [
+        scale.T if turned and scale.ndim == 2 else scale
+        for scale, turned in ((a.scale, gemm == "wgrad"), (b.scale, gemm == "fprop"))
+        if scale is not None
+    ]
+    out = layer.shared.wgrad_dtype if gemm == "wgrad" else layer.weight.dtype
+    exact = left.dtype == right.dtype == torch.bfloat16
+    dtype = layer.shared.gemm_dtype if exact else torch.float32
+    layer.count(gemm, str(dtype).removeprefix("torch."))
+    if dtype == out == torch.bfloat16 and all(scale.ndim == 0 for scale in scales):
+        if not scales and bias is None:
+            return left @ right
+        alpha = float(torch.stack(scales).prod()) if scales else 1.0
+        added, beta = (left.new_zeros(1), 0) if bias is None else (bias, 1)
+        return torch.addmm(added, left, right, beta=beta, alpha=alpha)
+    product = left.float() @ right.float()
+    for scale in scales:
+        product *= scale
+    if bias is not None:
+        product += bias
+    return product.to(out)
