@@ -21,7 +21,7 @@ from torch import nn
 from bench.common import parser, report
 from lowprec import dispatch
 from lowprec.apply import Precision, RunFacts
-from lowprec.policy import PrecisionConfig
+from lowprec.policy import Policy, PrecisionConfig, Rule
 from recipe import load_policy
 from run.environment import keep_memory
 
@@ -41,8 +41,7 @@ def step(policy: str, shape: tuple[int, int, int], wgrad: str, pack: bool = True
     precision = None
     if policy != "bf16" or wgrad == "fp32":
         tree = load_policy(policy)
-        rules = tuple(rule for rule in tree.rules if rule.match != "lm_head")
-        tree = type(tree)(tree.schemes, tuple(type(rule)("*", rule.use) for rule in rules))
+        tree = Policy(tree.schemes, (Rule("*", tree.rules[0].use),))
         config = PrecisionConfig(policy=policy, wgrad_output="fp32" if wgrad == "fp32" else "bf16", pack_saved=pack)
         facts = RunFacts(seed=0, steps=10, tokens_per_step=tokens, swap_all=True)
         precision = Precision(model, tree, config, facts)

@@ -7,7 +7,8 @@
 
 A policy is data (recipes/precision/*.yaml): schemes say *how* (six slots by name), rules say *where* (globs over module
 names, first match wins). It resolves once, against all linears of the whole model, to {name: Slots}: a rule that
-reaches no linear, a linear that no rule covers and an unknown scheme are errors. `None` in a slot is BF16.
+reaches no linear (but "*", the rest), a linear that no rule covers and an unknown scheme are errors. `None` in a slot
+is BF16.
 """
 
 from __future__ import annotations
@@ -147,7 +148,8 @@ class Policy:
                 raise UsageError(f"no precision rule covers {name!r}; end the list with match: '*'")
             used.add(rule)
             table[name] = self.schemes[rule.use]
-        if dead := [str(asdict(rule)) for rule in self.rules if rule not in used]:
+        # "*" is for the rest, which may be nothing; every other rule was meant for something.
+        if dead := [str(asdict(rule)) for rule in self.rules if rule not in used and rule.match != "*"]:
             raise UsageError(f"precision rules that reach no linear (mend or delete them): {'; '.join(dead)}")
         return table
 

@@ -1,9 +1,12 @@
 """Fused quantization kernels: the same results as lowprec/reference.py, bit for bit, at about the speed of a copy.
 
-`supports` says what a kernel can do (None) or the reason why not; a caller takes the reference then, and says so. On CPUs
-they are C++ operators (cpu/*.cpp, built on first use by build.py) in three versions, AVX-512, AVX2 and portable, that the
-processor decides between at run time and that give equal results. They are operators of torch's library
-(torch.ops.lowprec_cpu), with versions for meta and fake tensors, so that they may stand in compiled graphs.
+`supports` says what a kernel can do (None) or the reason why not; a caller takes the reference then, and says so. They
+are C++ operators for CPUs (cpu/*.cpp, built on first use by build.py) in three versions, AVX-512, AVX2 and portable,
+that the processor decides between at run time and that give equal results. As operators of torch's library
+(torch.ops.lowprec_cpu) with versions for meta and fake tensors they may stand in compiled graphs.
+
+The row and the column copy of a matrix are two calls. One pass that writes both was tried and is slower (MXFP8, 4 M
+numbers: 2.1 ms against 0.7 + 0.8): the tile that the column scales need makes both results strided.
 """
 
 from __future__ import annotations
@@ -150,8 +153,9 @@ def quantize(
         one_a_byte = torch.nn.functional.pad(one_a_byte, (0, rows % 2))
         codes = one_a_byte[:, ::2] | (one_a_byte[:, 1::2] << 4)
     elif turn:
-        codes = codes.T.contiguous()
-    scales = scales.T.contiguous() if turn else scales
+        codes = codes.T
+    if turn:
+        codes, scales = codes.contiguous(), scales.T.contiguous()
     return QuantizedTensor(codes, scales, found if _has_amax(spec) else None, spec, axis, (rows, cols))
 
 

@@ -65,7 +65,8 @@ def load() -> str | None:
     try:
         _build(library_name())
     except (OSError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        lines = str(error).strip().splitlines()
+        reason = next((line for line in lines if "error:" in line), lines[0])
         log.warning(
             "the fused CPU kernels are not available (%s); quantization takes the plain path, several times slower. "
             "Install a C++20 compiler (g++ 11 or newer) and ninja",

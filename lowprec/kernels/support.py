@@ -2,7 +2,7 @@
 
     element   sign and magnitude of at most 8 bits with at most 5 exponent bits, or int8
     scale     e8m0 (every rule), e4m3 of two levels (NVFP4), fp32 and pow2
-    block     (1, c) and (r, c) with c of 16, 32, 64, 128 and r <= 128 (across the axis, r is one of those, too); "tensor"
+    block     (1, c) and (r, c) with c of 16, 32, 64, 128 and r <= 128 (axis 0: r of those, too); "tensor"
     rounding  nearest (ties to even), stochastic with 8 random bits
     hadamard  every size; along rows of any block, along columns of (1, c) blocks and "tensor"
     dtype     float32 and bfloat16 matrices, on the CPU

@@ -8,7 +8,7 @@
 namespace lowprec::LOWPREC_ISA {
 
 constexpr int64_t kTileRows = 128;  // a whole line of memory for 4-bit codes, two for 8-bit ones
-constexpr int64_t kTileCols = 64;
+constexpr int64_t kTileCols = 256;  // as many as a vector of counters has random bytes for
 
 static inline void transpose_16x16(const uint8_t* in, int64_t ld, uint8_t* out, int64_t ld_out) {
 #if defined(__SSE2__)

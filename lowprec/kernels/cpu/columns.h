@@ -64,7 +64,7 @@ static inline Care scale_columns(const Columns& plan, Rows<const In> x, int64_t 
                                  int64_t col, bool stochastic, float* encodes, float* decodes) {
   const Scaler& scaler = plan.scaler;
   const int64_t stride = plan.job.scale_cols;
-  Care care = Care::kNone;
+  Doubts doubts;
   for (int64_t pair = 0; pair < cols; pair += 2 * kLanes) {
     I amax[2];
     amax_pair(x, rows, pair, amax);
@@ -75,14 +75,13 @@ static inline Care scale_columns(const Columns& plan, Rows<const In> x, int64_t 
       const int64_t c = pair + half * kLanes, left = plan.job.cols - col - c;
       const BlockScale scale = scaler(amax[half]);
       store(encodes + c, scale.encode), store(decodes + c, scale.decode);
-      const Care now = scaler.care(seen[half], scale, stochastic);
-      care = now < care ? now : care;
+      scaler.doubt(doubts, seen[half], scale, stochastic);
       if (plan.job.scales && scaler.scale.rule != Rule::kGiven && left > 0)
         scaler.store_codes(plan.job.scales, (col + c) * stride + row / plan.job.block_rows, stride, scale.code,
                            (int)least(left, kLanes));
     }
   }
-  return care;
+  return doubts.care();
 }
 
 template <class In, class Out>

@@ -3,8 +3,8 @@
 
 namespace lowprec::LOWPREC_ISA {
 
-static inline I load_codes(const Code8* p) { return load_bytes(&p->bits); }
-static inline I load_codes(const Code4* p) { return load_nibbles(&p->bits); }
+static LOWPREC_INLINE I load_codes(const Code8* p) { return load_bytes(&p->bits); }
+static LOWPREC_INLINE I load_codes(const Code4* p) { return load_nibbles(&p->bits); }
 
 struct ScaleTable {  // decode scales of all bytes
   float of[256 + kLanes];

@@ -4,13 +4,13 @@
 namespace lowprec::LOWPREC_ISA {
 
 template <class T>
-static inline T* at(T* base, int64_t index) {  // index is even
+static LOWPREC_INLINE T* at(T* base, int64_t index) {  // index is even
   return base + index;
 }
-static inline Code4* at(Code4* base, int64_t index) { return base + index / 2; }
-static inline const Code4* at(const Code4* base, int64_t index) { return base + index / 2; }
+static LOWPREC_INLINE Code4* at(Code4* base, int64_t index) { return base + index / 2; }
+static LOWPREC_INLINE const Code4* at(const Code4* base, int64_t index) { return base + index / 2; }
 
-static inline F random_floats(const uint8_t* bytes) { return to_float(load_bytes(bytes)); }
+static LOWPREC_INLINE F random_floats(const uint8_t* bytes) { return to_float(load_bytes(bytes)); }
 
 // kTwoLevel: -0 becomes 0 before rounding, as in lowprec/reference.py; a fused 0 does the same as long as no product is
 // rounded to 0. Codes have only the careful form.
@@ -18,13 +18,13 @@ template <bool kStochastic, Care kCare, bool kTwoLevel>
 struct Emit {
   Grid grid;  // a copy: its vectors stay in registers, whatever the kernel writes to
 
-  static F scaled(F x, F encode) {
+  static LOWPREC_INLINE F scaled(F x, F encode) {
     if (!kTwoLevel) return x * encode;
     return kCare == Care::kAll ? x * encode + splat(0.0f) : multiply_add(x, encode, splat(0.0f));
   }
 
   template <class Out>
-  void operator()(Out* out, const F x[2], const F encode[2], const F decode[2], const uint8_t* random) const {
+  LOWPREC_INLINE void operator()(Out* out, const F x[2], const F encode[2], const F decode[2], const uint8_t* random) const {
     F y[2];
     for (int i = 0; i < 2; i++) {
       const F u = kStochastic ? random_floats(random + i * kLanes) : F{};
@@ -33,20 +33,20 @@ struct Emit {
     }
     store_pair(out, y[0], y[1]);
   }
-  I code(F x, F encode, const uint8_t* random) const {
+  LOWPREC_INLINE I code(F x, F encode, const uint8_t* random) const {
     return code_on_grid<kStochastic>(grid, scaled(x, encode), kStochastic ? random_floats(random) : F{});
   }
-  void operator()(Code8* out, const F x[2], const F encode[2], const F*, const uint8_t* random) const {
+  LOWPREC_INLINE void operator()(Code8* out, const F x[2], const F encode[2], const F*, const uint8_t* random) const {
     for (int i = 0; i < 2; i++) store_bytes(&out->bits + i * kLanes, code(x[i], encode[i], random + i * kLanes));
   }
-  void operator()(Code4* out, const F x[2], const F encode[2], const F*, const uint8_t* random) const {
+  LOWPREC_INLINE void operator()(Code4* out, const F x[2], const F encode[2], const F*, const uint8_t* random) const {
     for (int i = 0; i < 2; i++) store_nibbles(&out->bits + i * kLanes / 2, code(x[i], encode[i], random + i * kLanes));
   }
 };
 
 // Calls run(emit) with the cheapest form that is right.
 template <bool kStochastic, class Out, class Run>
-static inline void with_emit(const Grid& grid, Care care, bool two_level, const Run& run) {
+static LOWPREC_INLINE void with_emit(const Grid& grid, Care care, bool two_level, const Run& run) {
   if (two_level) {
     if (sizeof(Out) > 1 && care == Care::kNone) return run(Emit<kStochastic, Care::kNone, true>{grid});
     if (sizeof(Out) > 1 && care == Care::kClamp) return run(Emit<kStochastic, Care::kClamp, true>{grid});

@@ -10,16 +10,16 @@
 
 namespace lowprec::LOWPREC_ISA {
 
-static inline F absolute(F v) { return (F)((I)v & splat(0x7fffffff)); }
-static inline I sign(F v) { return (I)v & splat((int32_t)0x80000000u); }
+static LOWPREC_INLINE F absolute(F v) { return (F)((I)v & splat(0x7fffffff)); }
+static LOWPREC_INLINE I sign(F v) { return (I)v & splat((int32_t)0x80000000u); }
 
 // BF16 in the high half (ties to even), as store_pair wants it; v no NaN but one that came from BF16, or of the
 // processor: other NaNs could overflow.
-static inline F round_number_to_bf16(F v) {
+static LOWPREC_INLINE F round_number_to_bf16(F v) {
   const I bits = (I)v;
   return (F)(bits + splat(0x7fff) + (shift_right(bits, 16) & splat(1)));
 }
-static inline F round_to_bf16(F v) { return v == v ? round_number_to_bf16(v) : (F)((I)v | splat(0x00400000)); }
+static LOWPREC_INLINE F round_to_bf16(F v) { return v == v ? round_number_to_bf16(v) : (F)((I)v | splat(0x00400000)); }
 
 // How much can happen to the numbers of some blocks.
 enum class Care {
@@ -43,7 +43,7 @@ struct Grid {
 // A NaN stays one if the format has it (under kClamp: when rounding to nearest), and becomes +max if not.
 // random: 0 .. 255 as floats for stochastic rounding; ignored otherwise.
 template <bool kStochastic, Care kCare>
-static inline F round_to_grid(const Grid& grid, F v, F random) {
+static LOWPREC_INLINE F round_to_grid(const Grid& grid, F v, F random) {
   constexpr bool kClean = kCare != Care::kAll;
   if (!kClean && grid.element.nan_code < 0) v = v == v ? v : grid.max;
   const F a = kCare == Care::kNone ? absolute(v) : min(grid.max, absolute(v));  // saturates; keeps NaN
@@ -63,7 +63,7 @@ static inline F round_to_grid(const Grid& grid, F v, F random) {
 
 // The code of the same number; always careful.
 template <bool kStochastic>
-static inline I code_on_grid(const Grid& grid, F v, F random) {
+static LOWPREC_INLINE I code_on_grid(const Grid& grid, F v, F random) {
   const I is_nan = v != v;
   const F a = min(grid.max, is_nan ? grid.max : absolute(v));
   const I binade = max((I)a & splat(0x7f800000), grid.smallest_binade);
@@ -88,13 +88,13 @@ static inline I code_on_grid(const Grid& grid, F v, F random) {
 struct RoundInPlace {
   I to_magic;
   explicit RoundInPlace(const Grid& grid) : to_magic(grid.to_magic + splat(1 << 22)) {}
-  F operator()(F v, I smallest_binade) const {
+  LOWPREC_INLINE F operator()(F v, I smallest_binade) const {
     const F magic = (F)(max((I)v & splat(0x7f800000), smallest_binade) + to_magic);
     return (F)((I)((v + magic) - magic) | sign(v));
   }
 };
 
-static inline F decode(const Grid& grid, I code) {
+static LOWPREC_INLINE F decode(const Grid& grid, I code) {
   const Element& e = grid.element;
   const F smallest_step = (F)(grid.smallest_binade - grid.to_step);
   if (e.twos_complement) return to_float((code << 24) >> 24) * smallest_step;

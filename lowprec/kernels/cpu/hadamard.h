@@ -6,19 +6,19 @@
 
 namespace lowprec::LOWPREC_ISA {
 
-static inline void store_pair_as(float* out, F a, F b) { store_pair(out, a, b); }
-static inline void store_pair_as(Bf16* out, F a, F b) { store_pair(out, round_number_to_bf16(a), round_number_to_bf16(b)); }
+static LOWPREC_INLINE void store_pair_as(float* out, F a, F b) { store_pair(out, a, b); }
+static LOWPREC_INLINE void store_pair_as(Bf16* out, F a, F b) { store_pair(out, round_number_to_bf16(a), round_number_to_bf16(b)); }
 
 // One butterfly of neighbours h lanes apart, within a vector.
 template <int h>
-static inline F butterfly(F v) {
+static LOWPREC_INLINE F butterfly(F v) {
   const I second = (lane_index() & splat(h)) != 0;
   return swap<h>(v) + (F)((I)v ^ (second & splat((int32_t)0x80000000u)));
 }
 
 // Stages between vectors `stride` = 1, 2, ... of `count`.
 template <int kCount>
-static inline void butterflies(F* v) {
+static LOWPREC_INLINE void butterflies(F* v) {
 #pragma GCC unroll 4
   for (int h = 1; h < kCount; h *= 2)
 #pragma GCC unroll 16

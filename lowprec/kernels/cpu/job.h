@@ -4,6 +4,9 @@
 #pragma once
 #include <cstdint>
 
+// Vectors must not pass through memory: what takes and returns them in inner loops is always inlined.
+#define LOWPREC_INLINE inline __attribute__((always_inline))
+
 namespace lowprec {
 
 struct Bf16 {

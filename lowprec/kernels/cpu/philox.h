@@ -8,7 +8,7 @@ namespace lowprec::LOWPREC_ISA {
 
 // Counters of the even or of the odd lanes, each in the low half of 64 bits: 32-bit products come as 64 bits, and
 // are best left there until the last round. What the high halves hold does not matter.
-static inline void philox_half(I c[4], uint32_t k0, uint32_t k1) {
+static LOWPREC_INLINE void philox_half(I c[4], uint32_t k0, uint32_t k1) {
 #pragma GCC unroll 10
   for (int round = 0; round < 10; round++) {
     const I p0 = multiply_low(c[0], 0xD2511F53u), p1 = multiply_low(c[2], 0xCD9E8D57u);
@@ -19,7 +19,7 @@ static inline void philox_half(I c[4], uint32_t k0, uint32_t k1) {
   }
 }
 
-static inline void philox(I c[4], uint32_t k0, uint32_t k1) {
+static LOWPREC_INLINE void philox(I c[4], uint32_t k0, uint32_t k1) {
   I even[4], odd[4];
   for (int i = 0; i < 4; i++) even[i] = c[i], odd[i] = high_word(c[i]);
   philox_half(even, k0, k1);

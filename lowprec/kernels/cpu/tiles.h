@@ -42,34 +42,48 @@ static inline void raise_to(int32_t* most, int32_t value) {
   }
 }
 
-// Maxima of up to kLanes blocks side by side; NaN if there is one.
+// Maximum of C columns, in as many lanes as it comes.
+template <int C>
+static LOWPREC_INLINE I amax_lanes(const float* x, I most) {
+#pragma GCC unroll 8
+  for (int k = 0; k < C; k += kLanes) most = amax_with_nan(load(x + k), most);
+  return most;
+}
+template <int C>
+static LOWPREC_INLINE I amax_lanes(const Bf16* x, I most) {
+#pragma GCC unroll 8
+  for (int k = 0; k < C; k += 2 * kLanes) most = max_halves(load_magnitudes(x + k), most);
+  return most;
+}
+
+// Maxima of kLanes blocks side by side; NaN if there is one. A vector of BF16 may hold two blocks (kPairs).
 template <int C, class In>
-static inline I amax_tiles(Rows<const In> x, int64_t rows, int tiles) {
-  I maxima[kLanes];
-  if constexpr (sizeof(In) == 2 && C < 2 * kLanes) {  // a vector of BF16 holds two blocks
-    for (int t = 0; t < kLanes / 2; t++) {
-      I most{};
-      for (int64_t r = 0; 2 * t < tiles && r < rows; r++) most = max_halves(load_magnitudes(x[r] + 2 * t * C), most);
-      maxima[t] = most;
-    }
-    return lane_max_of_halves(maxima);
-  } else {
-    for (int t = 0; t < kLanes; t++) {
-      I most{};
-      for (int64_t r = 0; t < tiles && r < rows; r++) {
-        const In* from = x[r] + t * C;
-        if constexpr (sizeof(In) == 2) {
-#pragma GCC unroll 8
-          for (int k = 0; k < C; k += 2 * kLanes) most = max_halves(load_magnitudes(from + k), most);
-        } else {
-#pragma GCC unroll 8
-          for (int k = 0; k < C; k += kLanes) most = amax_with_nan(load(from + k), most);
-        }
-      }
-      maxima[t] = sizeof(In) == 2 ? pair_max(most) : most;
-    }
-    return lane_max(maxima);
+static LOWPREC_INLINE I amax_tiles(Rows<const In> x, int64_t rows) {
+  constexpr bool kPairs = sizeof(In) == 2 && C < 2 * kLanes;
+  constexpr int kWidth = kPairs ? 2 * C : C, kCount = kPairs ? kLanes / 2 : kLanes;
+  I maxima[kCount];
+#pragma GCC unroll 16
+  for (int t = 0; t < kCount; t++) maxima[t] = amax_lanes<kWidth>(x.data + t * kWidth, I{});
+  for (int64_t r = 1; r < rows; r++)
+#pragma GCC unroll 16
+    for (int t = 0; t < kCount; t++) maxima[t] = amax_lanes<kWidth>(x[r] + t * kWidth, maxima[t]);
+  if constexpr (kPairs) return lane_max_of_halves(maxima);
+#pragma GCC unroll 16
+  for (int t = 0; t < kCount; t++) maxima[t] = sizeof(In) == 2 ? pair_max(maxima[t]) : maxima[t];
+  return lane_max(maxima);
+}
+
+// The same of fewer blocks.
+template <int C, class In>
+static I amax_few_tiles(Rows<const In> x, int64_t rows, int tiles) {
+  int32_t most[kLanes] = {};
+  for (int t = 0; t < tiles; t++) {
+    I lanes{};
+    for (int64_t r = 0; r < rows; r++)
+      for (int k = 0; k < C; k += kLanes) lanes = amax_with_nan(load(x[r] + t * C + k), lanes);
+    most[t] = reduce_max(lanes);
   }
+  return load(most);
 }
 
 // The same without NaN, of the first `known` columns, the others being padding.
@@ -100,25 +114,25 @@ static inline Care scale_tiles(const Tiles& plan, Rows<const In> x, int64_t rows
   const Scaler& scaler = plan.scaler;
   const bool given = scaler.scale.rule == Rule::kGiven;
   const int all_tiles = (int)((cols + C - 1) / C);
-  Care care = Care::kNone;
+  Doubts doubts;
   for (int first = 0; first < all_tiles; first += kLanes) {
     const int tiles = all_tiles - first < kLanes ? all_tiles - first : kLanes;
     const Rows<const In> from{x.data + first * C, x.stride};
     I seen{};
-    if (!given || job.amax_seen) seen = amax_tiles<C>(from, rows, tiles);
+    if (!given || job.amax_seen)
+      seen = tiles == kLanes ? amax_tiles<C>(from, rows) : amax_few_tiles<C>(from, rows, tiles);
     if (given && job.amax_seen) raise_to(job.amax_seen, reduce_max(seen));
     I amax = seen;
     if (scaler.ignores_nan && !all(seen <= kInfinity))
       amax = amax_tiles_without_nan<C>(from, rows, tiles, job.cols - col - first * C);
     const BlockScale scale = scaler(amax);
     store(scales.encode + first, scale.encode), store(scales.decode + first, scale.decode);
-    const Care now = scaler.care(seen, scale, stochastic);
-    care = now < care ? now : care;
+    scaler.doubt(doubts, seen, scale, stochastic);
     if (job.scales && !given)
       scaler.store_codes(job.scales, row / job.block_rows * job.scale_cols + col / C + first, 1, scale.code,
                          (int)least(job.scale_cols - col / C - first, tiles));
   }
-  return care;
+  return doubts.care();
 }
 
 template <int C, class In, class Out>

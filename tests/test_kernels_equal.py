@@ -1,0 +1,189 @@
+"""The fused kernels equal lowprec/reference.py bit for bit, on every instruction set that this machine has.
+
+Matrices are small but have everything: whole and ragged blocks, zeros of both signs, subnormal numbers, numbers near
+the largest, Inf, NaN, blocks of nothing but NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowprec import kernels, reference
+from lowprec.formats import SPECS, QuantSpec, resolve_spec
+from lowprec.philox import RandomKey
+from lowprec.quantized import Axis
+
+pytestmark = pytest.mark.skipif(not kernels.available(), reason=str(kernels.unavailable_because()))
+
+KEY = RandomKey(seed=3, tensor="layers.0.mlp.down", slot="dgrad.a", step=7, row=2**33 + 5, column=32)
+SHAPES = [(32, 128), (130, 50), (1, 7)]
+STOCHASTIC: dict[str, Any] = {"rounding": "stochastic"}
+
+
+def _specs() -> Iterator[tuple[str, QuantSpec]]:
+    for name, spec in SPECS.items():
+        changes: list[dict[str, Any]] = [{}, STOCHASTIC, {**STOCHASTIC, "hadamard": 16}]
+        changes += [{"hadamard": size} for size in (2, 8, 16, 32, 128)]
+        if spec.scale == "e8m0":
+            changes += [{"scale_rule": rule} for rule in ("rceil", "floor", "ceil")]
+            changes += [{"scale_rule": "even"}] if spec.format.exponent else []
+            changes += [{**STOCHASTIC, "scale_rule": "floor", "three_quarters": True}]
+            changes += [{"block": (1, 16)}, {"block": (1, 64)}, {"block": (32, 32)}]
+        if spec.scale in ("fp32", "pow2"):
+            changes += [{"scale": "fp32"}, {"scale": "pow2"}]
+        if spec.hadamard == 0:
+            changes += [{"hadamard": 16, "signs": "call"}]
+        for change in changes:
+            yield f"{name} {change}", resolve_spec(spec, **change)
+    yield "generic e3m0", resolve_spec("mxfp4", element="e3m0")
+    yield "generic e5m1", resolve_spec("mxfp8_e5m2", element="e5m1")
+
+
+CASES = dict(_specs())
+
+
+@pytest.fixture(params=torch.ops.lowprec_cpu.isas().split() if kernels.available() else [])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = torch.ops.lowprec_cpu.isa()
+    torch.ops.lowprec_cpu.set_isa(request.param)
+    yield request.param
+    torch.ops.lowprec_cpu.set_isa(before)
+
+
+def matrices(rows: int, cols: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    random = torch.Generator().manual_seed(rows * 1000 + cols)
+    x = torch.randn(rows, cols, generator=random) * torch.exp2(
+        torch.randint(-12, 12, (rows, 1), generator=random).float()
+    )
+    yield x.to(dtype)
+    small = x.clone()
+    small.view(-1)[::7], small.view(-1)[3::11] = 0.0, -0.0
+    small[:, : cols // 2] *= 1e-39
+    yield small.to(dtype)
+    odd = x.clone()
+    odd.view(-1)[5], odd.view(-1)[-1], odd[0, :] = torch.inf, torch.nan, torch.nan
+    yield odd.to(dtype)
+    yield (x * 3e34).to(dtype)
+    yield torch.zeros(rows, cols, dtype=dtype)
+
+
+def assert_same(ours: Tensor | None, truth: Tensor | None) -> None:
+    """Same bits; NaNs count as equal."""
+    assert (ours is None) == (truth is None)
+    if ours is None or truth is None:
+        return
+    assert ours.dtype == truth.dtype and ours.shape == truth.shape, (ours.shape, truth.shape)
+    if ours.dtype.is_floating_point:
+        assert torch.equal(ours.isnan(), truth.isnan())
+        integer = {2: torch.int16, 4: torch.int32}[ours.element_size()]
+        ours, truth = (t.nan_to_num(0.0, torch.inf, -torch.inf).contiguous().view(integer) for t in (ours, truth))
+    assert torch.equal(ours, truth)
+
+
+@pytest.mark.parametrize("axis", [-1, 0])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_reference(name: str, axis: Axis, isa: str) -> None:
+    spec = CASES[name]
+    if kernels.supports(spec, axis, torch.bfloat16, KEY) is not None:
+        pytest.skip(str(kernels.supports(spec, axis, torch.bfloat16, KEY)))
+    outputs = [torch.float32] + [torch.bfloat16] * spec.exact_in_bf16
+    for dtype in (torch.bfloat16, torch.float32):
+        for rows, cols in SHAPES:
+            for x in matrices(rows, cols, dtype):
+                for output in outputs:
+                    ours = kernels.operand(x, spec, axis=axis, key=KEY, dtype=output)
+                    truth = reference.operand(x, spec, axis=axis, seed=KEY, dtype=output)
+                    for a, b in zip(ours, truth, strict=True):
+                        assert_same(a, b)
+                packed, true_packed = (
+                    kernels.quantize(x, spec, axis=axis, key=KEY),
+                    reference.quantize(x, spec, axis=axis, seed=KEY),
+                )
+                assert_same(packed.codes, true_packed.codes)
+                assert_same(packed.scales, true_packed.scales)
+                assert_same(packed.amax, true_packed.amax)
+                for output in outputs:
+                    for a, b in zip(kernels.unpack(packed, output), true_packed.operand(output), strict=True):
+                        assert_same(a, b)
+
+
+@pytest.mark.parametrize("axis", [-1, 0])
+@pytest.mark.parametrize("name", ["mxfp8_e4m3", "nvfp4", "nvfp4_2d", "fp8_block_1x128"])
+@pytest.mark.parametrize("hadamard", [0, 16])
+def test_wide_matrices(name: str, hadamard: int, axis: Axis, isa: str) -> None:
+    """More columns than the kernels take at once, whole and ragged."""
+    spec = resolve_spec(name, hadamard=hadamard, **STOCHASTIC)
+    if kernels.supports(spec, axis, torch.bfloat16, KEY) is not None:
+        pytest.skip("not supported")
+    for cols in (2304, 2100):
+        x = torch.randn(40, cols, generator=torch.Generator().manual_seed(cols)).bfloat16()
+        truth = reference.operand(x, spec, axis=axis, seed=KEY)
+        assert_same(kernels.operand(x, spec, axis=axis, key=KEY).values, truth.values)
+        packed, true_packed = (
+            kernels.quantize(x, spec, axis=axis, key=KEY),
+            reference.quantize(x, spec, axis=axis, seed=KEY),
+        )
+        assert_same(packed.codes, true_packed.codes)
+        assert_same(packed.scales, true_packed.scales)
+        assert_same(kernels.unpack(packed).values, truth.values)
+
+
+def test_almost_everything_is_supported() -> None:
+    missing = {n for n, s in CASES.items() for axis in (-1, 0) if kernels.supports(s, axis, torch.bfloat16) is not None}
+    assert all("128x128" in n or "(32, 32)" in n or "2d" in n for n in missing), missing
+
+
+@pytest.mark.parametrize("element", ["e4m3", "e5m2", "e2m1"])
+def test_every_bf16_number(element: str, isa: str) -> None:
+    """All 65,536 BF16 numbers, each in a block with itself only, and all with one given scale."""
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    alone = torch.zeros(1 << 16, 32, dtype=torch.bfloat16)
+    alone[:, 3] = every
+    spec = resolve_spec("mxfp8_e4m3", element=element)
+    assert_same(kernels.operand(alone, spec).values, reference.operand(alone, spec).values)
+    tensor = resolve_spec("fp8_e4m3", element=element, amax_history=4)
+    scale, flat = torch.tensor(64.0), every.view(256, 256)
+    ours, truth = kernels.operand(flat, tensor, scale=scale), reference.operand(flat, tensor, encode_scale=scale)
+    assert_same(ours.values, truth.values)
+    assert_same(ours.amax, truth.amax)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4_2d", "fp8_e4m3"])
+@pytest.mark.parametrize("amax", [0.0, 1e-30, 1.0, 3e38, torch.inf, torch.nan])
+def test_given_amax(name: str, amax: float, isa: str) -> None:
+    spec, given = resolve_spec(name), torch.tensor(amax)
+    for x in matrices(48, 96, torch.bfloat16):
+        for a, b in zip(kernels.operand(x, spec, amax=given), reference.operand(x, spec, amax=given), strict=True):
+            assert_same(a, b)
+
+
+@pytest.mark.parametrize("axis", [-1, 0])
+@pytest.mark.parametrize("size", [0, 4, 16, 64])
+def test_amax(axis: Axis, size: int, isa: str) -> None:
+    spec = resolve_spec("nvfp4", hadamard=size)
+    for dtype in (torch.bfloat16, torch.float32):
+        for x in matrices(65, 100, dtype):
+            assert_same(
+                kernels.amax(x, spec, axis=axis), reference.operand(x, spec, axis=axis, dtype=torch.float32).amax
+            )
+
+
+def test_threads_do_not_matter() -> None:
+    x = torch.randn(1024, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    before = torch.get_num_threads()
+    try:
+        for name in ("mxfp8_e4m3", "nvfp4", "nvfp4_2d", "fp8_e4m3"):
+            for axis in (-1, 0):
+                results = []
+                for threads in (1, 2):
+                    torch.set_num_threads(threads)
+                    results.append(kernels.operand(x, resolve_spec(name, **STOCHASTIC), axis=axis, key=KEY))
+                for a, b in zip(*results, strict=True):
+                    assert_same(a, b)
+    finally:
+        torch.set_num_threads(before)
