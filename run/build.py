@@ -64,6 +64,8 @@ def build(
     start = checkpoint.resolve(Path(recipe.run.dir), resume)
     model, precision = _build_model(recipe, device)
     engine = _build_engine(recipe, model, mesh)
+    if start is None:
+        engine.fill_weights(_initial_weights(recipe))
     dist.barrier()  # so that all ranks of a node measure the peak under the load of all
     scale = Scale(
         flops_per_token=recipe.model.flops_per_token(recipe.train.seq_len),
@@ -104,15 +106,21 @@ def _build_model(recipe: Recipe, device: torch.device) -> tuple[Transformer, Pre
 
 
 def _faster_gemm(device: torch.device) -> torch.dtype:
-    """BF16, unless a short measurement finds FP32 GEMMs faster (CPUs without BF16 instructions)."""
-    if device.type == "cuda" or measure_gemm(device, torch.bfloat16) >= measure_gemm(device, torch.float32):
+    """BF16, unless a short measurement finds FP32 GEMMs clearly faster (CPUs without BF16 instructions).
+
+    Rank 0 decides for all, and only a clear difference counts: the two add in another order, so that a run that
+    changed its mind at a restart would no longer be bit-equal.
+    """
+    if device.type == "cuda":
         return torch.bfloat16
-    return torch.float32
+    ratio = torch.tensor(measure_gemm(device, torch.float32) / measure_gemm(device, torch.bfloat16))
+    dist.broadcast(ratio, src=0)
+    return torch.float32 if ratio > 1.5 else torch.bfloat16
 
 
 def _build_engine(recipe: Recipe, model: Transformer, mesh: Mesh) -> Engine:
     train = recipe.train
-    engine = build_engine(
+    return build_engine(
         model,
         recipe.zero,
         recipe.optimizer,
@@ -122,9 +130,6 @@ def _build_engine(recipe: Recipe, model: Transformer, mesh: Mesh) -> Engine:
             name: logical_shape(recipe.model, name, shape) for name, shape in parameter_shapes(recipe.model).items()
         },
     )
-
-    engine.fill_weights(_initial_weights(recipe))
-    return engine
 
 
 def _initial_weights(recipe: Recipe) -> Callable[[Fragment], Tensor]:
