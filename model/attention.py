@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig
+from model.linear import Linear
 from model.norm import DTYPES
 
 
@@ -37,21 +38,29 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
-def attention_core(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v; q [B, H, S, D], k and v [B, K, S, D]; causal unless a boolean mask is given."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+def attention_core(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, gemm_dtype: torch.dtype | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v; q [B, H, S, D], k and v [B, K, S, D]; causal unless a boolean mask is given.
+
+    gemm_dtype: of the products and the softmax, as in model/linear.py; None: that of q. The result has q's dtype.
+    """
+    wide = (x.to(gemm_dtype or x.dtype) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(*wide, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+    return y.to(q.dtype)
 
 
 class Attention(nn.Module):
     """x [B, S, hidden] -> [B, S, hidden]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, gemm_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         dtype, size = DTYPES[config.dtype], config.head_size
         self.head_size, self.q_per_kv = size, config.q_per_kv
         self.recompute_core = config.recompute == "selective"
-        self.qkv = nn.Linear(config.hidden_size, config.qkv_size, bias=config.bias, dtype=dtype)
-        self.out = nn.Linear(config.q_size, config.hidden_size, bias=config.bias, dtype=dtype)
+        self.gemm_dtype = gemm_dtype
+        self.qkv = Linear(config.hidden_size, config.qkv_size, bias=config.bias, dtype=dtype, gemm_dtype=gemm_dtype)
+        self.out = Linear(config.q_size, config.hidden_size, bias=config.bias, dtype=dtype, gemm_dtype=gemm_dtype)
         self.qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(size, eps=config.norm_eps, dtype=dtype)
@@ -65,7 +74,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        core = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        core = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, self.gemm_dtype)
         if self.recompute_core:
             y = checkpoint(attention_core, *core, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -5,6 +5,7 @@ x = x + attention(attention_norm(x));  x = x + mlp(mlp_norm(x))
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from model.attention import Attention
@@ -16,12 +17,12 @@ from model.norm import make_norm
 class Block(nn.Module):
     """x [B, S, hidden] -> [B, S, hidden]; free of graph breaks, so `block.compile()` gives one graph."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, gemm_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config)
+        self.attention = Attention(config, gemm_dtype)
         self.mlp_norm = make_norm(config)
-        self.mlp = make_mlp(config)
+        self.mlp = make_mlp(config, gemm_dtype)
 
     def forward(self, x: Tensor, rope: Tensor | None, mask: Tensor | None) -> Tensor:
         """rope and mask as in `Attention`."""

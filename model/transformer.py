@@ -7,13 +7,13 @@ is complete after `to_empty(device=...)` and `model.init.initialize(model, seed)
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import rotary_table
 from model.block import Block
 from model.config import ModelConfig
+from model.linear import Linear, linear
 from model.loss import CrossEntropy, Loss
 from model.norm import DTYPES, make_norm
 
@@ -25,19 +25,22 @@ def document_mask(document_ids: Tensor) -> Tensor:
 
 
 class Transformer(nn.Module):
-    """tokens -> logits, or the loss if labels are given. Parameters are uninitialised until `model.init.initialize`."""
+    """tokens -> logits, or the loss if labels are given. Parameters are uninitialised until `model.init.initialize`.
 
-    def __init__(self, config: ModelConfig, z_loss: float = 0.0) -> None:
+    gemm_dtype: in which matrices are multiplied, if not in config.dtype (model/linear.py)
+    """
+
+    def __init__(self, config: ModelConfig, z_loss: float = 0.0, gemm_dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.gemm_dtype = config, gemm_dtype
         dtype = DTYPES[config.dtype]
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, gemm_dtype) for _ in range(config.num_layers))
         self.norm = make_norm(config)
         self.lm_head = (
             None
             if config.tied_embeddings
-            else nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+            else Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, gemm_dtype=gemm_dtype)
         )
         self.cross_entropy = CrossEntropy(z_loss)
 
@@ -62,7 +65,10 @@ class Transformer(nn.Module):
             else:
                 x = block(x, rope, mask)
         x = self.norm(x)
-        logits = F.linear(x, self.embedding.weight) if self.lm_head is None else self.lm_head(x)
+        if self.lm_head is None:
+            logits = linear(x, self.embedding.weight, gemm_dtype=self.gemm_dtype)
+        else:
+            logits = self.lm_head(x)
         return logits if labels is None else self.cross_entropy(logits, labels)
 
     def _rope(self, tokens: Tensor, positions: Tensor | None) -> Tensor | None:

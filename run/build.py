@@ -19,7 +19,6 @@ from torch import Tensor
 from data.loader import Data, open_data
 from errors import CheckpointError, UsageError
 from lowprec.apply import Precision, RunFacts
-from lowprec.policy import HIGH
 from lowprec.zero import Engine, Fragment, build_engine
 from model.init import initial_range
 from model.transformer import Transformer
@@ -62,14 +61,15 @@ def build(
     join(device, launch, recipe.parallel.timeout_s)
     mesh = build_mesh(recipe.parallel)
     start = checkpoint.resolve(Path(recipe.run.dir), resume)
-    model, precision = _build_model(recipe, device)
+    gemm_dtype = _gemm_dtype(DTYPES[recipe.model.dtype], device)
+    model, precision = _build_model(recipe, device, gemm_dtype)
     engine = _build_engine(recipe, model, mesh)
     if start is None:
         engine.fill_weights(_initial_weights(recipe))
     dist.barrier()  # so that all ranks of a node measure the peak under the load of all
     scale = Scale(
         flops_per_token=recipe.model.flops_per_token(recipe.train.seq_len),
-        peak=find_peak(device, DTYPES[recipe.model.dtype]),
+        peak=find_peak(device, gemm_dtype),
         devices=mesh.world_size,
         device=device,
     )
@@ -87,17 +87,17 @@ def _check_validation(recipe: Recipe, data: Data) -> None:
         raise UsageError("eval.interval is set, data.validation is null; name validation data, or set eval.interval=0")
 
 
-def _build_model(recipe: Recipe, device: torch.device) -> tuple[Transformer, Precision]:
+def _build_model(recipe: Recipe, device: torch.device, gemm_dtype: torch.dtype) -> tuple[Transformer, Precision]:
     """The model with its precision applied, parameters uninitialised (the engine fills them from FP32 masters)."""
     train = recipe.train
     with torch.device(device):
-        model = Transformer(recipe.model, z_loss=train.z_loss)
+        model = Transformer(recipe.model, z_loss=train.z_loss, gemm_dtype=gemm_dtype)
     facts = RunFacts(
         seed=train.seed,
         steps=train.steps,
         tokens_per_step=train.global_batch * train.seq_len,
         keep_weights=recipe.zero.stage < 3,
-        gemm_dtype=_faster_gemm(device) if recipe.precision.policy != HIGH else torch.bfloat16,
+        gemm_dtype=gemm_dtype,
     )
     precision = Precision(model, load_policy(recipe.precision.policy), recipe.precision, facts)
     if should_compile(recipe, device):
@@ -105,14 +105,14 @@ def _build_model(recipe: Recipe, device: torch.device) -> tuple[Transformer, Pre
     return model, precision
 
 
-def _faster_gemm(device: torch.device) -> torch.dtype:
-    """BF16, unless a short measurement finds FP32 GEMMs clearly faster (CPUs without BF16 instructions).
+def _gemm_dtype(model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The model's dtype, but FP32 where a short measurement finds BF16 GEMMs clearly slower (CPUs without BF16 units).
 
     Rank 0 decides for all, and only a clear difference counts: the two add in another order, so that a run that
     changed its mind at a restart would no longer be bit-equal.
     """
-    if device.type == "cuda":
-        return torch.bfloat16
+    if device.type == "cuda" or model_dtype != torch.bfloat16:
+        return model_dtype
     ratio = torch.tensor(measure_gemm(device, torch.float32) / measure_gemm(device, torch.bfloat16))
     dist.broadcast(ratio, src=0)
     return torch.float32 if ratio > 1.5 else torch.bfloat16

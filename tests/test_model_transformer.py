@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.attention import rotary_table, rotate
 from model.config import ModelConfig
 from model.init import initialize
+from model.linear import linear
 from model.loss import CrossEntropy
 from model.transformer import Transformer
 
@@ -174,3 +176,46 @@ def test_compiled_blocks_have_one_graph_and_the_same_gradients(recompute):
         want = gradients(build(z_loss=1e-3), tokens, **inputs)
         for name, grad in gradients(model, tokens, **inputs).items():
             torch.testing.assert_close(grad, want[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_wide_linear_is_the_bf16_product_rounded_once(bias):
+    """Against FP64 rounded to BF16: output and gradients within one BF16 ulp, each in its tensor's dtype."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(24, 64).bfloat16().requires_grad_(), torch.randn(40, 64).bfloat16().requires_grad_()
+    added = torch.randn(40).bfloat16().requires_grad_() if bias else None
+    dy = torch.randn(24, 40).bfloat16()
+    y = linear(x, weight, added, torch.float32)
+    y.backward(dy)
+    wide_x, wide_w, wide_dy = x.detach().double(), weight.detach().double(), dy.double()
+    pairs = [
+        (y, wide_x @ wide_w.T + (added.detach().double() if bias else 0)),
+        (x.grad, wide_dy @ wide_w),
+        (weight.grad, wide_dy.T @ wide_x),
+    ]
+    for found, exact in pairs:
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-6)
+
+
+def test_gemm_dtype_reaches_every_product():
+    """With FP32 products of a BF16 model, no GEMM of forward and backward multiplies BF16 matrices."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if (
+                function._schema.name in ("aten::mm", "aten::addmm", "aten::bmm")
+                or "attention" in function._schema.name
+            ):
+                seen.extend(a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point())
+            return function(*args, **(kwargs or {}))
+
+    for tied in (False, True):
+        config = replace(CONFIG, dtype="bf16", tied_embeddings=tied)
+        model = Transformer(config, gemm_dtype=torch.float32)
+        initialize(model, seed=0)
+        tokens = torch.arange(32).view(2, 16) % config.vocab_size
+        with Watch():
+            model(tokens, tokens).loss.backward()
+    assert seen and set(seen) == {torch.float32}
