@@ -157,7 +157,8 @@ class Policy:
             used.add(found)
             table[name] = self.schemes[self.rules[found].use]
         # A last "*" is for the rest, which may be nothing; every other rule was meant for something.
-        meant = self.rules[:-1] if self.rules and self.rules[-1].match == "*" else self.rules
+        rests = [rule for rule in self.rules if rule.match == "*" and rule.first is None and rule.last is None]
+        meant = self.rules[:-1] if len(rests) == 1 and rests[0] is self.rules[-1] else self.rules
         if dead := [str(asdict(rule)) for i, rule in enumerate(meant) if i not in used]:
             raise UsageError(f"precision rules that reach no linear (mend or delete them): {'; '.join(dead)}")
         return table
