@@ -22,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from data.loader import DataConfig
 from errors import UsageError
+from lowprec.gradients import GradientsConfig
 from lowprec.optim import OptimizerConfig
 from lowprec.policy import Policy, PrecisionConfig, parse
 from lowprec.zero import ZeroConfig
@@ -155,6 +156,7 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    gradients: GradientsConfig = field(default_factory=GradientsConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -169,7 +171,7 @@ class Recipe:
             if dataclasses.is_dataclass(value := getattr(self, section.name))
             for message in value.problems()  # pyright: ignore[reportAttributeAccessIssue]
         ]
-        return found or [*self._layout_problems(world_size), *self._schedule_problems()]
+        return found or [*self._layout_problems(world_size), *self._schedule_problems(), *self._storage_problems()]
 
     def _layout_problems(self, world_size: int) -> list[str]:
         tp, pp = self.parallel.tp, self.parallel.pp
@@ -188,6 +190,31 @@ class Recipe:
             found.append(
                 "train.compile is true with zero.stage 3, which gathers weights inside the compiled region; "
                 "use train.compile=auto or zero.stage=2"
+            )
+        return found
+
+    def _storage_problems(self) -> list[str]:
+        """Combinations of zero, gradients and optimizer that mean nothing or are not built."""
+        found, stage, optimizer, gradients = [], self.zero.stage, self.optimizer, self.gradients
+        if stage == 0 and gradients.payload != "fp32":
+            found.append(f"gradients.payload {gradients.payload} at zero.stage 0; use stage 1 or 2, or payload fp32")
+        if stage == 3:
+            found += [
+                f"{key} {value} at zero.stage 3, where DeepSpeed reduces FP32 gradients and keeps FP32 masters; use "
+                f"stage 1 or 2, or {default}"
+                for key, value, default in (
+                    ("gradients.payload", gradients.payload, "fp32"),
+                    ("gradients.accumulate", gradients.accumulate, "fp32"),
+                    ("optimizer.master", optimizer.master, "fp32"),
+                )
+                if value != default
+            ]
+        if self.model.dtype == "fp32" and optimizer.master in ("bf16", "none"):
+            found.append(f"optimizer.master {optimizer.master} needs model.dtype bf16, it is fp32")
+        if self.zero.gather != "exact" and optimizer.master == "none":
+            found.append(
+                f"zero.gather {self.zero.gather} with optimizer.master none would round the only copy of the weights; "
+                "use exact, or a master"
             )
         return found
 

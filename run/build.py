@@ -21,8 +21,10 @@ from data.loader import Data, open_data
 from errors import CheckpointError, UsageError
 from lowprec import kernels
 from lowprec.apply import Precision, RunFacts
+from lowprec.engine import Engine
+from lowprec.fragments import Fragment
 from lowprec.policy import HIGH
-from lowprec.zero import Engine, Fragment, build_engine
+from lowprec.zero import ZeroPlan, build_engine
 from model.init import initial_range
 from model.transformer import Transformer
 from model.weights import load_initial_weights, logical_shape, parameter_shapes
@@ -121,16 +123,18 @@ def _gemm_dtype(model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 def _build_engine(recipe: Recipe, model: Transformer, mesh: Mesh) -> Engine:
     train = recipe.train
-    return build_engine(
-        model,
-        recipe.zero,
-        recipe.optimizer,
+    plan = ZeroPlan(
+        zero=recipe.zero,
+        optimizer=recipe.optimizer,
+        gradients=recipe.gradients,
         micro_batch=train.micro_batch,
         accumulation=train.global_batch // (train.micro_batch * mesh.dp),
         logical_shapes={
             name: logical_shape(recipe.model, name, shape) for name, shape in parameter_shapes(recipe.model).items()
         },
+        seed=train.seed,
     )
+    return build_engine(model, plan)
 
 
 def _initial_weights(recipe: Recipe) -> Callable[[Fragment], Tensor]:
@@ -140,7 +144,7 @@ def _initial_weights(recipe: Recipe) -> Callable[[Fragment], Tensor]:
         given = load_initial_weights(Path(recipe.model.init_from), recipe.model)
 
     def values(fragment: Fragment) -> Tensor:
-        start, stop = fragment.offset, fragment.offset + fragment.tensors["weight"].numel()
+        start, stop = fragment.offset, fragment.offset + fragment.extent.count
         if given is not None:
             return given[fragment.name].flatten()[start:stop]
         return initial_range(recipe.model, recipe.train.seed, fragment.name, fragment.shape, start, stop)
@@ -174,11 +178,12 @@ def _restore(run: Run, start: checkpoint.Checkpoint | None, allow_precision_chan
             f"{start.path} was trained under another precision table ({start.meta['recipe']['precision']['policy']}, "
             f"this run {run.recipe.precision.policy}); use that recipe, or say --allow-precision-change"
         )
-    rng = checkpoint.load(start, run.fragments(), run.mesh.dp_group, optional=frozenset({AMAX}))
+    own = checkpoint.load(start, run.fragments(), run.mesh.dp_group, optional=frozenset({AMAX}))
     run.engine.updates = start.meta["updates"]
     run.engine.refresh_weights()
     run.step, run.samples = start.step, start.meta["samples"]
-    restore_random_states(rng, run.device)
+    restore_random_states(own, run.device)
+    run.engine.restore_own_states(own)
 
 
 def _open_records(run: Run, launch: Launch, start: checkpoint.Checkpoint | None, resume: str, wandb_mode: str) -> None:

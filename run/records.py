@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from errors import UserError
+from lowprec.engine import StepResult
 from lowprec.policy import brief
-from lowprec.zero import StepResult
 from recipe import POLICIES, Recipe, policy_file, to_dict, to_yaml
 from report.console import Console, open_console
 from report.flops import Peak, mfu

@@ -16,7 +16,8 @@ from data.baseline import interpolated_bigram_cross_entropy
 from data.loader import Data
 from data.stream import Batch
 from lowprec.apply import Precision
-from lowprec.zero import Engine, Fragment, StepResult
+from lowprec.engine import Engine, StepResult
+from lowprec.fragments import Fragment
 from parallel import checkpoint
 from parallel.mesh import Mesh
 from recipe import Recipe, to_dict
@@ -157,7 +158,7 @@ class Run:
             self.step,
             self.fragments(),
             meta,
-            rng=random_states(self.device),
+            own=random_states(self.device) | self.engine.own_states(),
             group=self.mesh.dp_group,
             keep=self.recipe.checkpoint.keep,
         )
