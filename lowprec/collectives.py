@@ -80,7 +80,7 @@ def reduce_scatter(  # noqa: PLR0913  one keyword a decision
     """
     key = _checked(payload, mu, rounding, key)
     parts = cut(splits, segments)
-    wish = Wish(payload, len(segments or [0]), (group,), mu or 1.0, key)
+    wish = Wish(payload, len(segments or [0]), (group,), 1.0 if mu is None else mu, key)
     return reduce_parts(x, parts, wish, error)
 
 
@@ -116,7 +116,7 @@ def reduce_scatter_two_level(  # noqa: PLR0913
     totals = [sum(splits[number::ranks]) for number in range(ranks)]
     node = reduce_scatter(by_local, totals, inside, inside_payload)
     parts = cut(splits, segments)[local::ranks]
-    wish = Wish(payload, len(segments or [0]), (between, inside), mu or 1.0, key)
+    wish = Wish(payload, len(segments or [0]), (between, inside), 1.0 if mu is None else mu, key)
     whole = reduce_parts(node.result, parts, wish, error)
     inside_bytes = node.sent_bytes + scale_bytes(wish, inside)
     if whole.saturated is not None:
