@@ -5,6 +5,7 @@ It knows what DeepSpeed's objects look like but does not import them: lowprec/ze
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -168,8 +169,17 @@ class Engine:
         if "mu" in states:
             optimizer.mu = float(states["mu"])
 
+    @property
+    def parameters(self) -> int:
+        """Elements of the whole model."""
+        return sum(math.prod(shape) for shape in self.updater.shapes.values())
+
     def memory(self) -> dict[str, int]:
-        """Bytes that this rank holds, measured from the tensors: weights, master, gradients at most, each state."""
+        """Bytes of this rank's tensors: weights, master, gradients (the most in a step so far), states, scales.
+
+        The buffer in which a bucket of gradients waits for its reduction is not among them: it lives for one backward,
+        and zero.reduce_bucket sets its size.
+        """
         optimizer = self._engine.optimizer
         found: dict[str, int] = {"weights": 0, "master": 0, "gradients": 0}
         for parameter in self.module.parameters():

@@ -92,6 +92,13 @@ class Records:
             lines += [f"  {len(unquantized)} linears not quantized: {brief(unquantized)}"] if unquantized else []
             self._console.message("\n".join([f"GEMMs of step {step}:", *lines]))
 
+    def memory(self, step: int, held: Mapping[str, int], parameters: int) -> None:
+        """Bytes that this rank's tensors held in the first step, and those bytes a parameter of the model."""
+        if self._console and self._metrics:
+            self._metrics.note("memory", step, {"bytes": dict(held), "parameters": parameters})
+            parts = (f"{name} {count / parameters:.3f}" for name, count in held.items() if count)
+            self._console.message(f"bytes a parameter on rank 0, of {parameters:,}: {', '.join(parts)}")
+
     def validation(self, record: ValidationRecord) -> None:
         if self._console and self._metrics:
             self._metrics.validation(record)
@@ -124,6 +131,9 @@ class Records:
             tflops=per_device * scale.flops_per_token / 1e12,
             mfu=mfu(scale.flops_per_token, per_device, scale.peak),
             mem_gib=peak_gib(scale.device),
+            sent_bytes=update.sent_bytes,
+            edq=update.edq,
+            lost_updates=update.lost,
         )
 
     def _send(self, values: Mapping[str, float], step: int, samples: int) -> None:

@@ -82,6 +82,7 @@ class Run:
         if not self.receipted:
             self.precision.check_ran()
             self.records.receipt(self.step + 1, self.precision.receipt(), self.precision.unquantized())
+            self.records.memory(self.step + 1, self.engine.memory(), self.engine.parameters)
             self.receipted = True
         self.step += 1
         self.samples += self.recipe.train.global_batch
