@@ -1,4 +1,4 @@
-"""The AdamW update of one fragment, whatever its states are stored as: pure functions, the plain torch truth.
+"""The AdamW update of one fragment, whatever its states are stored as: pure functions, in plain torch and fused.
 
     g = grad_scale grad                                              FP32, as everything below but Collage's moments
     m = m + (1 - b1) (g - m)                      v = b2 v + ((1 - b2) g) g
@@ -28,9 +28,11 @@ Sources: Loshchilov and Hutter (arXiv 1711.05101); Peng et al., "FP8-LM" (arXiv 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -39,72 +41,17 @@ from torch import Tensor
 from errors import UsageError
 from lowprec.codecs import NAMES, Codec, Extent, Part, choose, codec, round_bf16
 from lowprec.compensated import grow, kahan_add, scale_pair
+from lowprec.kernels import adamw as fused
 from lowprec.philox import RandomKey
+from lowprec.stepping import Hyper, Tally
+
+__all__ = ["Hyper", "Master", "Rule", "Tally", "Update"]
+
+log = logging.getLogger(__name__)
 
 Master = Literal["fp32", "fp16_scaled", "bf16", "none"]
 Rule = Literal["nearest", "stochastic", "kahan", "collage_light", "collage_plus"]
 FACTOR = "factor"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hyper:
-    """Numbers of one step. step: AdamW's t, from 1. grad_scale: multiplies the gradient first (clipping, unscaling)."""
-
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    step: int
-    grad_scale: float = 1.0
-
-    @property
-    def decay(self) -> float:
-        return self.lr * self.weight_decay
-
-    @property
-    def step_size(self) -> float:
-        return self.lr / (1.0 - self.betas[0] ** self.step)
-
-    @property
-    def root_correction(self) -> float:
-        """1 / sqrt(1 - b2^t)."""
-        return (1.0 - self.betas[1] ** self.step) ** -0.5
-
-
-@dataclass(frozen=True)
-class Tally:
-    """How well updates arrived; sums over elements, so that tallies of fragments and ranks add up.
-
-    sums: float64 [4]: intended times applied change, squares of the intended one, updates that were lost (something was
-          intended, nothing changed), elements. The applied change is that of the represented value: with Kahan's
-          compensation and Collage's low part.
-    """
-
-    sums: Tensor
-
-    @classmethod
-    def nothing(cls) -> Tally:
-        return cls(torch.zeros(4, dtype=torch.float64))
-
-    @classmethod
-    def of(cls, intended: Tensor, applied: Tensor) -> Tally:
-        lost = ((applied == 0) & (intended != 0)).sum()
-        wanted = intended.double()
-        sums = (wanted.dot(applied.double()), wanted.dot(wanted), lost.double(), lost.new_tensor(len(wanted)).double())
-        return cls(torch.stack(sums))
-
-    def __add__(self, other: Tally) -> Tally:
-        return Tally(self.sums + other.sums.to(self.sums.device))
-
-    @property
-    def edq(self) -> float:
-        """Effective descent quality over its ideal, the length of the intended step: 1 if nothing is lost (Collage)."""
-        return float(self.sums[0] / self.sums[1]) if self.sums[1] > 0 else 1.0
-
-    @property
-    def lost(self) -> float:
-        """Share of the elements whose update was lost."""
-        return float(self.sums[2] / self.sums[3]) if self.sums[3] > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -253,12 +200,22 @@ class Update:
     @torch.no_grad()
     def statistics(self, extent: Extent, tensors: Mapping[str, Tensor], grad: Tensor, hyper: Hyper) -> Tensor | None:
         """Maxima that scales of the whole tensor need, FP32 1-D, to be MAX-reduced; None if there are none."""
-        codecs = self.codecs(extent.shape)
-        if not any(_statistics_length(how, extent.shape) for how in codecs.values()):
+        if not any(_statistics_length(how, extent.shape) for how in self.codecs(extent.shape).values()):
             return None
+        if (job := self._fused(extent, tensors, grad, hyper)) is not None:
+            return job.statistics()
+        return self.statistics_plain(extent, tensors, grad, hyper)
+
+    @torch.no_grad()
+    def statistics_plain(
+        self, extent: Extent, tensors: Mapping[str, Tensor], grad: Tensor, hyper: Hyper
+    ) -> Tensor | None:
+        """`statistics` in plain torch, the truth."""
+        codecs = self.codecs(extent.shape)
         step = self._compute(extent, tensors, grad, hyper)
         found = [how.statistics(getattr(step, name), extent) for name, how in codecs.items()]
-        return torch.cat([each for each in found if each is not None])
+        found = [each for each in found if each is not None]
+        return torch.cat(found) if found else None
 
     @torch.no_grad()
     def apply(
@@ -279,6 +236,27 @@ class Update:
         key:        seed, name of the parameter, step; for stochastic rounding
         measure:    whether to tally
         """
+        if (job := self._fused(extent, tensors, grad, hyper)) is None:
+            return self.apply_plain(extent, tensors, grad, hyper, statistics, key, measure)
+        random = None
+        if self.update == "stochastic":
+            assert key is not None, "stochastic rounding needs a key"
+            random = replace(key, slot="weight")
+        sums = job.apply(statistics, random, measure)
+        return Tally(torch.cat((sums, sums.new_tensor([extent.count])))) if measure else Tally.nothing()
+
+    @torch.no_grad()
+    def apply_plain(
+        self,
+        extent: Extent,
+        tensors: Mapping[str, Tensor],
+        grad: Tensor,
+        hyper: Hyper,
+        statistics: Tensor | None = None,
+        key: RandomKey | None = None,
+        measure: bool = False,
+    ) -> Tally:
+        """`apply` in plain torch, the truth."""
         if self.collage:
             return self._collage(tensors, _gradient(grad, hyper), hyper, measure)
         step = self._compute(extent, tensors, grad, hyper)
@@ -303,6 +281,14 @@ class Update:
         if before is None:
             return Tally.nothing()
         return Tally.of(step.change, self._represented(extent, tensors) - before)
+
+    def _fused(self, extent: Extent, tensors: Mapping[str, Tensor], grad: Tensor, hyper: Hyper) -> fused.Job | None:
+        """The kernel's job, or None if there is no kernel for this; said once in the log."""
+        job = fused.Job(self.codecs(extent.shape), self.update, extent, tensors, grad, hyper.numbers)
+        if (reason := job.problem()) is None:
+            return job
+        _say_once(self, reason)
+        return None
 
     def _compute(self, extent: Extent, tensors: Mapping[str, Tensor], grad: Tensor, hyper: Hyper) -> _Step:
         codecs = self.codecs(extent.shape)
@@ -350,13 +336,19 @@ class Update:
         return Tally.nothing() if before is None else Tally.of(change, weight.double() + low.double() - before)
 
 
+@cache
+def _say_once(update: Update, reason: str) -> None:
+    log.warning("AdamW of %s takes the plain path: no kernel for %s", vars(update), reason)
+
+
 def _gradient(grad: Tensor, hyper: Hyper) -> Tensor:
     return grad.float() * hyper.grad_scale
 
 
 def _change(exp_avg: Tensor, exp_avg_sq: Tensor, hyper: Hyper) -> Tensor:
-    """Adam's change of the weight."""
-    return exp_avg * -hyper.step_size / (exp_avg_sq.sqrt() * hyper.root_correction + hyper.eps)
+    """Adam's change of the weight. The root is taken in FP64: torch's FP32 one (MKL) is not the nearest number."""
+    root = exp_avg_sq.double().sqrt().float()
+    return exp_avg * -hyper.step_size / (root * hyper.root_correction + hyper.eps)
 
 
 def _key(name: str, suffix: str) -> str:

@@ -16,6 +16,8 @@ Source: Zamirai et al., "Revisiting BFloat16 training" (arXiv 2010.06192); Yu et
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -46,11 +48,17 @@ def grow(pair: Pair, value: Tensor) -> Pair:
     return fast_two_sum(total, low + error)
 
 
+@cache
+def bf16_pair(number: float) -> tuple[float, float]:
+    """BF16 (high, low) nearest to a number."""
+    high = torch.tensor(number).bfloat16().item()
+    return high, torch.tensor(number - high).bfloat16().item()
+
+
 def scale_pair(pair: Pair, factor: float) -> Pair:
     """A pair times a number that is itself taken as a BF16 pair."""
     high, low = pair
-    factor_high = torch.tensor(factor).bfloat16().to(high.device)
-    factor_low = torch.tensor(factor - factor_high.item()).bfloat16().to(high.device)
+    factor_high, factor_low = (high.new_tensor(part) for part in bf16_pair(factor))
     product, error = two_prod(high, factor_high)
     return fast_two_sum(product, (error + high * factor_low) + low * factor_high)
 

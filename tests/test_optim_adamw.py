@@ -52,7 +52,8 @@ def test_one_step_is_torch_adamw_within_an_ulp(weight_decay: float) -> None:
     assert ulps[before.abs() >= 8 * (after - before).abs()].max() <= 1
     assert (ulps > 1).float().mean() < 1e-3 and difference[ulps > 1].max() < 2.0**-21 * hyper.lr
     for key in ("exp_avg", "exp_avg_sq"):
-        torch.testing.assert_close(tensors[key], state[key].flatten(), rtol=3e-7, atol=1e-12)
+        truth = state[key].flatten()
+        torch.testing.assert_close(tensors[key], truth, rtol=3e-7, atol=1e-7 * truth.max().item())
 
 
 @pytest.mark.parametrize("ties", ["down", "up"])

@@ -12,7 +12,8 @@
 // clang-format on
 
 namespace lowprec {
-extern const Kernels kernels_avx2 = {"avx2", avx2::items, avx2::quantize, avx2::amax, avx2::dequantize};
+extern const Kernels kernels_avx2 = {"avx2",           avx2::items, avx2::quantize,    avx2::amax,
+                               avx2::dequantize, avx2::adamw, avx2::adamw_maxima};
 }
 
 #if defined(__clang__)

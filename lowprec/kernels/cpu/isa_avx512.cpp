@@ -12,7 +12,8 @@
 // clang-format on
 
 namespace lowprec {
-extern const Kernels kernels_avx512 = {"avx512", avx512::items, avx512::quantize, avx512::amax, avx512::dequantize};
+extern const Kernels kernels_avx512 = {"avx512",           avx512::items, avx512::quantize,    avx512::amax,
+                               avx512::dequantize, avx512::adamw, avx512::adamw_maxima};
 }
 
 #if defined(__clang__)

@@ -7,5 +7,5 @@
 
 namespace lowprec {
 extern const Kernels kernels_portable = {"portable", portable::items, portable::quantize, portable::amax,
-                                         portable::dequantize};
+                                         portable::dequantize, portable::adamw, portable::adamw_maxima};
 }

@@ -96,12 +96,18 @@ struct DecodeJob {
   Rule rule;  // kGiven: scale 1
 };
 
+struct AdamJob;  // adamw_job.h
+
 struct Kernels {  // one instruction set; work is numbered 0 .. items - 1, in independent items
   const char* name;
   int64_t (*items)(const Job&);
   void (*quantize)(const Job&, int64_t begin, int64_t end);
   int32_t (*amax)(const Job&, int64_t begin, int64_t end);  // bits of the (rotated) matrix's; NaN is the largest
   void (*dequantize)(const DecodeJob&, int64_t first_row, int64_t last_row);
+  void (*adamw)(const AdamJob&, int64_t first_unit, int64_t last_unit);
+  void (*adamw_maxima)(const AdamJob&, int64_t first_unit, int64_t last_unit, float* found);
 };
+
+const Kernels& kernels_in_use();  // ops.cpp
 
 }  // namespace lowprec

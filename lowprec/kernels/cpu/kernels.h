@@ -11,6 +11,7 @@
 #include "columns.h"
 #include "amax.h"
 #include "decode.h"
+#include "adamw.h"
 // clang-format on
 
 namespace lowprec::LOWPREC_ISA {

@@ -271,6 +271,8 @@ at::Tensor amax(const at::Tensor& x, const MaybeTensor& signs, int64_t axis) {
 
 }  // namespace
 
+const Kernels& kernels_in_use() { return *chosen().load(); }
+
 TORCH_LIBRARY(lowprec_cpu, m) {
   m.def("operand(Tensor x, Tensor? amax, Tensor? scale, Tensor? signs, Tensor? random, int[] spec, ScalarType dtype) "
         "-> (Tensor, Tensor, Tensor)");

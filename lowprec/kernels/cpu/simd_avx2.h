@@ -114,4 +114,20 @@ static LOWPREC_INLINE void store_by_lane(uint8_t* p, const I* w) {  // 16 bytes 
   }
 }
 
+static LOWPREC_INLINE F square_root(F v) { return (F)_mm256_sqrt_ps((__m256)v); }
+
+// 8 numbers, looked up by lanes of 0 .. 7; 16 numbers by lanes of 0 .. 15.
+struct Table8 {
+  F all;
+  explicit Table8(const float* p) : all(load(p)) {}
+  LOWPREC_INLINE F operator[](I index) const { return (F)_mm256_permutevar8x32_ps((__m256)all, (__m256i)index); }
+};
+struct Table16 {
+  Table8 low, high;
+  explicit Table16(const float* p) : low(p), high(p + 8) {}
+  LOWPREC_INLINE F operator[](I index) const {  // the blend goes by sign bits
+    return (F)_mm256_blendv_ps((__m256)low[index], (__m256)high[index], (__m256)(index << 28));
+  }
+};
+
 }  // namespace lowprec::LOWPREC_ISA

@@ -122,4 +122,18 @@ static LOWPREC_INLINE void store_by_lane(uint8_t* p, const I* w) {  // 16 bytes 
   _mm512_storeu_si512(p + 192, _mm512_shuffle_i32x4(t1, t3, 0xDD));
 }
 
+static LOWPREC_INLINE F square_root(F v) { return (F)_mm512_sqrt_ps((__m512)v); }
+
+// 8 numbers, looked up by lanes of 0 .. 7; 16 numbers by lanes of 0 .. 15.
+struct Table16 {
+  F all;
+  explicit Table16(const float* p) : all(load(p)) {}
+  LOWPREC_INLINE F operator[](I index) const { return (F)_mm512_permutexvar_ps((__m512i)index, (__m512)all); }
+};
+struct Table8 {
+  F all;
+  explicit Table8(const float* p) : all((F)_mm512_castps256_ps512(_mm256_loadu_ps(p))) {}
+  LOWPREC_INLINE F operator[](I index) const { return (F)_mm512_permutexvar_ps((__m512i)index, (__m512)all); }
+};
+
 }  // namespace lowprec::LOWPREC_ISA

@@ -102,4 +102,16 @@ static LOWPREC_INLINE void store_by_lane(uint8_t* p, const I* w) {  // 16 bytes 
       for (int byte = 0; byte < 4; byte++) p[16 * i + 4 * j + byte] = (uint8_t)((uint32_t)w[j][i] >> (8 * byte));
 }
 
+static LOWPREC_INLINE F square_root(F v) {
+  return F{__builtin_sqrtf(v[0]), __builtin_sqrtf(v[1]), __builtin_sqrtf(v[2]), __builtin_sqrtf(v[3])};
+}
+
+// 8 numbers, looked up by lanes of 0 .. 7; 16 numbers by lanes of 0 .. 15.
+struct Table16 {
+  const float* all;
+  explicit Table16(const float* p) : all(p) {}
+  LOWPREC_INLINE F operator[](I i) const { return F{all[i[0]], all[i[1]], all[i[2]], all[i[3]]}; }
+};
+typedef Table16 Table8;
+
 }  // namespace lowprec::LOWPREC_ISA

@@ -1,0 +1,259 @@
+// States of AdamW, a unit of 256 elements at a time: decoded into FP32 arrays that stay in the cache, encoded from them.
+//
+// A unit at the tensor's end may be shorter: its bytes go through a padded copy, and numbers past its end are 0.
+#pragma once
+#include "adamw_job.h"
+
+namespace lowprec::LOWPREC_ISA {
+
+struct Unit {
+  int64_t index;  // in the fragment
+  int count;      // of its elements: 256, or fewer at the tensor's end
+  explicit Unit(const AdamJob& job, int64_t i)
+      : index(i), count((int)(job.count - i * kUnit < kUnit ? job.count - i * kUnit : kUnit)) {}
+  bool whole() const { return count == kUnit; }
+};
+
+// Memory of a unit: in place if it is whole, else a copy with zeros after it.
+template <class T>
+struct Window {
+  T* data;
+  T copy[kUnit];
+  T* home;
+  int items;
+  Window(const void* base, const Unit& unit, int per = 1) : home((T*)base + unit.index * kUnit / per), items((unit.count + per - 1) / per) {
+    data = home;
+    if (unit.whole()) return;
+    __builtin_memset(copy, 0, sizeof copy);
+    __builtin_memcpy(copy, home, items * sizeof(T));
+    data = copy;
+  }
+  void write_back() const {
+    if (data == copy) __builtin_memcpy(home, copy, items * sizeof(T));
+  }
+};
+
+static LOWPREC_INLINE Element e4m3_element() { return Element{3, -6, 7, 0x7f, -1, false, 448.0f}; }
+static LOWPREC_INLINE Element half_element() { return Element{10, -14, 15, -1, -1, false, 65504.0f}; }
+
+static LOWPREC_INLINE float largest(const float* x, int count) {  // count: a multiple of kLanes
+  F most = splat(0.0f);
+  for (int i = 0; i < count; i += kLanes) most = max(most, absolute(load(x + i)));
+  const int32_t bits = reduce_max((I)most);
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// Calls run(first, count, row, column) for each run of the unit's elements that lie in one row.
+template <class Run>
+static LOWPREC_INLINE void for_rows(const AdamJob& job, const Unit& unit, const Run& run) {
+  const int64_t start = job.offset + unit.index * kUnit;
+  int64_t row = start / job.row_length, column = start % job.row_length;
+  for (int done = 0; done < unit.count;) {
+    const int64_t left = job.row_length - column;
+    const int count = left < unit.count - done ? (int)left : unit.count - done;
+    run(done, count, row, column);
+    done += count, row++, column = 0;
+  }
+}
+
+static inline void rank1_scales(const AdamJob& job, const Unit& unit, const float* rows, const float* columns, float* scales) {
+  for_rows(job, unit, [&](int first, int count, int64_t row, int64_t column) {
+    const float mine = rows[row];
+    int i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(scales + first + i, min(load(columns + column + i), splat(mine)));
+    for (; i < count; i++) scales[first + i] = columns[column + i] < mine ? columns[column + i] : mine;
+  });
+  for (int i = unit.count; i < kUnit; i++) scales[i] = 0.0f;
+}
+
+static LOWPREC_INLINE void decode_nibbles(const uint8_t* codes, const float* values, float* out, int from, int to, F scale) {
+  const Table16 table(values);
+  for (int i = from; i < to; i += kLanes) store(out + i, table[load_nibbles(codes + i / 2)] * scale);
+}
+
+static inline void decode_state(const AdamJob& job, const Unit& unit, const State& state, float* out) {
+  switch (state.store) {
+    case Store::kFloat: {
+      const Window<float> in(state.payload, unit);
+      for (int i = 0; i < kUnit; i += kLanes) store(out + i, load(in.data + i));
+      return;
+    }
+    case Store::kBf16: {
+      const Window<Bf16> in(state.payload, unit);
+      for (int i = 0; i < kUnit; i += kLanes) store(out + i, load(in.data + i));
+      return;
+    }
+    case Store::kHalf: {
+      const Window<Bf16> in(state.payload, unit);
+      const Grid grid(half_element());
+      const F scale = splat(state.scale);
+      for (int i = 0; i < kUnit; i += kLanes) store(out + i, decode(grid, shift_right((I)load(in.data + i), 16)) * scale);
+      return;
+    }
+    case Store::kByte:
+    case Store::kByteBlock: {
+      const Window<uint8_t> in(state.payload, unit);
+      const Grid grid(e4m3_element());
+      const F scale = splat(state.store == Store::kByte ? state.scale : state.scales[unit.index]);
+      for (int i = 0; i < kUnit; i += kLanes) store(out + i, decode(grid, load_bytes(in.data + i)) * scale);
+      break;
+    }
+    case Store::kBook8: {
+      const uint8_t* codes = (const uint8_t*)state.payload + unit.index * kUnit;
+      const float scale = state.scales[unit.index];
+      for (int i = 0; i < unit.count; i++) out[i] = state.values[codes[i]] * scale;
+      break;
+    }
+    case Store::kBook4: {
+      const Window<uint8_t> in(state.payload, unit, 2);
+      const float* scales = state.scales + 2 * unit.index;
+      decode_nibbles(in.data, state.values, out, 0, 128, splat(scales[0]));
+      decode_nibbles(in.data, state.values, out, 128, 256, splat(unit.count > 128 ? scales[1] : 0.0f));
+      break;
+    }
+    case Store::kRank1: {
+      const Window<uint8_t> in(state.payload, unit, 2);
+      float scales[kUnit];
+      rank1_scales(job, unit, state.rows, state.columns, scales);
+      const Table16 table(state.values);
+      for (int i = 0; i < kUnit; i += kLanes) store(out + i, table[load_nibbles(in.data + i / 2)] * load(scales + i));
+      break;
+    }
+  }
+  for (int i = unit.count; i < kUnit; i++) out[i] = 0.0f;  // code 0 is not always 0
+}
+
+// Codes of a 16-entry codebook: how many of its 15 midpoints are below, by halving.
+struct Search {
+  F middle, quarter, three_quarters;
+  float eighths[8], sixteenths[8];
+  explicit Search(const float* limits) : middle(splat(limits[7])), quarter(splat(limits[3])), three_quarters(splat(limits[11])) {
+    for (int i = 0; i < 8; i++) eighths[i] = limits[i < 4 ? 4 * i + 1 : 1], sixteenths[i] = limits[2 * i];
+  }
+  LOWPREC_INLINE I operator()(const Table8& third, const Table8& fourth, F x) const {
+    const I first = x > middle;  // a mask is -1
+    const I half = x > (first ? three_quarters : quarter);
+    I code = (first + first + half);
+    code = -code;
+    code = code + code - (x > third[code]);
+    return code + code - (x > fourth[code]);
+  }
+};
+
+static LOWPREC_INLINE F or_one(F scale) { return scale > splat(0.0f) ? scale : splat(1.0f); }
+
+static inline void encode_nibbles(const State& state, const float* x, const float* scales, uint8_t* codes) {
+  const Search search(state.limits);
+  const Table8 third(search.eighths), fourth(search.sixteenths);
+  for (int i = 0; i < kUnit; i += kLanes)
+    store_nibbles(codes + i / 2, search(third, fourth, load(x + i) / or_one(load(scales + i))));
+}
+
+static inline void encode_book4(const State& state, const Unit& unit, const float* x, uint8_t* codes) {
+  const Search search(state.limits);
+  const Table8 third(search.eighths), fourth(search.sixteenths);
+  for (int from = 0, block = 0; from < unit.count; from += 128, block++) {
+    const float scale = largest(x + from, 128);
+    state.scales[2 * unit.index + block] = scale;
+    const F divisor = or_one(splat(scale));
+    for (int i = from; i < from + 128; i += kLanes)
+      store_nibbles(codes + i / 2, search(third, fourth, load(x + i) / divisor));
+  }
+}
+
+static inline void encode_book8(const State& state, const Unit& unit, const float* x) {
+  uint8_t* codes = (uint8_t*)state.payload + unit.index * kUnit;
+  const float scale = largest(x, kUnit);
+  state.scales[unit.index] = scale;
+  const F divisor = or_one(splat(scale));
+  float ratio[kUnit];
+  for (int i = 0; i < kUnit; i += kLanes) store(ratio + i, load(x + i) / divisor);
+  for (int i = 0; i < unit.count; i++) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, ratio + i, sizeof bits);
+    const uint8_t code = state.cells[bits >> 16];
+    codes[i] = (uint8_t)(code + (ratio[i] > state.limits[code]));
+  }
+}
+
+template <class Round>  // to BF16 or to codes of 16 bits, in the high halves
+static LOWPREC_INLINE void store_halves(void* payload, const Unit& unit, const float* x, const Round& round) {
+  Window<Bf16> out(payload, unit);
+  for (int i = 0; i < kUnit; i += 2 * kLanes) store_pair(out.data + i, round(load(x + i)), round(load(x + i + kLanes)));
+  out.write_back();
+}
+
+static inline void encode_state(const AdamJob& job, const Unit& unit, const State& state, const float* x) {
+  switch (state.store) {
+    case Store::kFloat: {
+      float* out = (float*)state.payload + unit.index * kUnit;
+      for (int i = 0; i < unit.count; i++) out[i] = x[i];
+      return;
+    }
+    case Store::kBf16:
+      return store_halves(state.payload, unit, x, [](F v) { return round_to_bf16(v); });
+    case Store::kHalf: {
+      const Grid grid(half_element());
+      const F encode = splat(1.0f / state.next_scale);
+      return store_halves(state.payload, unit, x, [&](F v) { return (F)(code_on_grid<false>(grid, v * encode, F{}) << 16); });
+    }
+    case Store::kByte:
+    case Store::kByteBlock: {
+      Window<uint8_t> out(state.payload, unit);
+      const Grid grid(e4m3_element());
+      F encode, divisor = splat(1.0f);
+      if (state.store == Store::kByteBlock) {
+        float scale = largest(x, kUnit);
+        scale = (scale > 1e-12f ? scale : 1e-12f) / 448.0f;
+        state.scales[unit.index] = scale;
+        divisor = splat(scale), encode = splat(1.0f);
+      } else {
+        encode = splat(1.0f / state.next_scale);
+      }
+      const bool divide = state.store == Store::kByteBlock;
+      for (int i = 0; i < kUnit; i += kLanes) {
+        const F v = load(x + i);
+        store_bytes(out.data + i, code_on_grid<false>(grid, divide ? v / divisor : v * encode, F{}));
+      }
+      return out.write_back();
+    }
+    case Store::kBook8:
+      return encode_book8(state, unit, x);
+    case Store::kBook4: {
+      Window<uint8_t> out(state.payload, unit, 2);
+      encode_book4(state, unit, x, out.data);
+      return out.write_back();
+    }
+    case Store::kRank1: {
+      Window<uint8_t> out(state.payload, unit, 2);
+      float scales[kUnit];
+      rank1_scales(job, unit, state.next_rows, state.next_columns, scales);
+      encode_nibbles(state, x, scales, out.data);
+      return out.write_back();
+    }
+  }
+}
+
+// Raises the maxima that the state's scales need.
+static inline void find_maxima(const AdamJob& job, const Unit& unit, const State& state, const float* x, float* found) {
+  float* mine = found + state.found_at;
+  if (state.store == Store::kHalf || state.store == Store::kByte) {
+    const float most = largest(x, kUnit);
+    *mine = most > *mine ? most : *mine;
+  } else if (state.store == Store::kRank1) {
+    float* columns = mine + job.row_count;
+    for_rows(job, unit, [&](int first, int count, int64_t row, int64_t column) {
+      float most = mine[row];
+      for (int i = 0; i < count; i++) {
+        const float v = __builtin_fabsf(x[first + i]);
+        most = v > most ? v : most;
+        columns[column + i] = v > columns[column + i] ? v : columns[column + i];
+      }
+      mine[row] = most;
+    });
+  }
+}
+
+}  // namespace lowprec::LOWPREC_ISA
