@@ -95,8 +95,9 @@ def main() -> None:
     names = [BASELINE, *(word for word in options.recipes if "=" not in word)]
     overrides = (*SMALL, *(word for word in options.recipes if "=" in word))
     jobs = [(name, seed) for seed in range(options.seeds) for name in names]
+    out = options.out.resolve()
     with ThreadPoolExecutor(options.jobs) as pool:
-        curves = pool.map(lambda job: curve(*job, overrides, options.out.resolve()), jobs)
+        curves = pool.map(lambda job: curve(job[0], job[1], overrides, out), jobs)
         found = dict(zip(jobs, curves, strict=True))
     figures: dict[str, float | int | str] = {"seeds": options.seeds, "overrides": " ".join(overrides)}
     base = [found[BASELINE, seed] for seed in range(options.seeds)]

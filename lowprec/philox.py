@@ -3,6 +3,7 @@
     key      first 8 bytes, little endian, of SHA-256("seed/tensor/slot"): words k0 (low), k1 (high)
     counter  of element (r, c) of the logical, never transposed matrix:
              8 bits:   c0 = c // 16, and byte c % 16 of the 16 bytes that come out (little endian)
+             16 bits:  c0 = c // 8, and bytes 2 (c % 8) and 2 (c % 8) + 1 of them (little endian)
              32 bits:  c0 = c // 4, and word c % 4
              c1, c2 = low and high 32 bits of the global row r,   c3 = step
     round    hi0:lo0 = 0xD2511F53 c0,  hi1:lo1 = 0xCD9E8D57 c2
@@ -90,14 +91,14 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 
 
 def random_bits(
-    key: RandomKey, rows: int, cols: int, bits: Literal[8, 32] = 8, device: torch.device | str = "cpu"
+    key: RandomKey, rows: int, cols: int, bits: Literal[8, 16, 32] = 8, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Random bits of the matrix [rows, cols] whose corner is (key.row, key.column).
 
-    Returns uint8 [rows, cols] for 8 bits, int64 [rows, cols] in 0 .. 2^32 - 1 for 32.
+    Returns uint8 [rows, cols] for 8 bits, int32 in 0 .. 2^16 - 1 for 16, int64 in 0 .. 2^32 - 1 for 32.
     """
-    assert bits in (8, 32) and 0 <= key.step <= _LOW, (bits, key.step)
-    each = 16 if bits == 8 else 4
+    assert bits in (8, 16, 32) and 0 <= key.step <= _LOW, (bits, key.step)
+    each = 128 // bits
     first, last = key.column // each, -(-(key.column + cols) // each)
     row = torch.arange(key.row, key.row + rows, dtype=torch.int64, device=device)[:, None]
     column = torch.arange(first, last, dtype=torch.int64, device=device)[None, :]
@@ -107,6 +108,8 @@ def random_bits(
     if bits == 8:
         # the low half of each int64; on a big-endian machine the bytes would come reversed, torch has none
         out = out.to(torch.int32).view(torch.uint8)
+    elif bits == 16:
+        out = out.to(torch.int32).view(torch.int16).to(torch.int32) & 0xFFFF
     start = key.column - first * each
     return out[:, start : start + cols]
 
