@@ -135,6 +135,7 @@ class Engine:
         optimizer = self._engine.optimizer
         if self._engine.zero_optimization_stage() < 3:
             optimizer.update_lp_params()
+            optimizer.sent_bytes = 0  # of no step
             return
         optimizer._partition_all_parameters()  # drops the small weights that stay gathered between steps
         for index in range(len(optimizer.fp32_partitioned_groups_flat)):

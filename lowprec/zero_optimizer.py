@@ -165,7 +165,7 @@ def low_precision(base: type, plan: Plan) -> type:  # noqa: C901  one method a s
         def reduce_independent_p_g_buckets_and_remove_grads(self, param: Any, i: int) -> None:
             self.gradient_bytes = max(self.gradient_bytes, self._held_gradients())
             super().reduce_independent_p_g_buckets_and_remove_grads(param, i)
-            if self.use_grad_accum_attribute:  # its numbers are in the bucket now
+            if self.use_grad_accum_attribute and param.numel() <= self.reduce_bucket_size:  # it is in the bucket now
                 self._accumulators.pop(self.get_param_id(param), None)
 
         # Reduction
