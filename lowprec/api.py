@@ -5,15 +5,17 @@ The kernels are bit-equal to the reference, so which of the two runs is a matter
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowprec import kernels, reference
+from lowprec import reference
+from lowprec.dispatch import kernels_of
 from lowprec.formats import QuantSpec, resolve_spec
 from lowprec.philox import RandomKey
-from lowprec.quantized import Operand, QuantizedTensor
+from lowprec.quantized import Axis, Operand, QuantizedTensor
 from lowprec.reference import Inputs, checked
 
 
@@ -39,7 +41,8 @@ def quantize(
     Raises UsageError for a wrong spec, shape, dtype or missing seed.
     """
     resolved, along, inputs = checked(x, spec, axis, seed, amax, encode_scale, options)
-    if not _fused(x, resolved, along, inputs):
+    kernels = _kernels(x, resolved, along, inputs)
+    if kernels is None:
         return reference.quantize(x, resolved, axis=axis, seed=inputs.key, amax=amax, encode_scale=encode_scale)
     return kernels.quantize(x.detach(), resolved, axis=along, key=inputs.key, amax=amax, scale=encode_scale)
 
@@ -63,7 +66,8 @@ def operand(
     Raises UsageError as `quantize`, and where `dtype` cannot hold the values.
     """
     resolved, along, inputs = checked(x, spec, axis, seed, amax, encode_scale, options)
-    if not _fused(x, resolved, along, inputs):
+    kernels = _kernels(x, resolved, along, inputs)
+    if kernels is None:
         key = inputs.key
         return reference.operand(x, resolved, axis=axis, seed=key, amax=amax, encode_scale=encode_scale, dtype=dtype)
     return kernels.operand(x.detach(), resolved, axis=along, key=inputs.key, amax=amax, scale=encode_scale, dtype=dtype)
@@ -93,6 +97,7 @@ def fake_quantize(
     return (found.values if found.scale is None else found.values.mul_(found.scale)).to(dtype)
 
 
-def _fused(x: Tensor, spec: QuantSpec, axis: int, inputs: Inputs) -> bool:
-    along = 0 if axis == 0 else -1
-    return x.device.type in ("cpu", "meta") and kernels.supports(spec, along, x.dtype, inputs.key) is None
+def _kernels(x: Tensor, spec: QuantSpec, axis: Axis, inputs: Inputs) -> ModuleType | None:
+    """The fused kernels that can do this, or None."""
+    found = kernels_of(x.device.type)
+    return None if found is None or found.supports(spec, axis, x.dtype, inputs.key) else found

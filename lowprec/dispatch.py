@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -22,17 +23,23 @@ log = logging.getLogger(__name__)
 
 FUSED, TRITON, PLAIN = "fused", "triton", "plain"
 _KERNELS = {FUSED: kernels, TRITON: gpu}
+_WORDS = {"cpu": FUSED, "meta": FUSED, "cuda": TRITON}
+
+
+def kernels_of(device: str) -> ModuleType | None:
+    """The module of the kernels for a `device` type, if there is one: `supports`, `operand`, `quantize`, `unpack`."""
+    return _KERNELS[_WORDS[device]] if device in _WORDS else None
 
 
 @cache
 def path(spec: QuantSpec, axis: Axis, dtype: torch.dtype, device: str) -> str:
     """FUSED, TRITON or PLAIN for a matrix of `dtype` on a `device` type; a missing kernel is said once in the log."""
-    word = {"cpu": FUSED, "cuda": TRITON}.get(device)
-    reason = _KERNELS[word].supports(spec, axis, dtype) if word else f"no kernels for {device} tensors"
-    if word is None or reason:
+    found = kernels_of(device)
+    reason = found.supports(spec, axis, dtype) if found else f"no kernels for {device} tensors"
+    if reason:
         log.warning("%s along axis %d takes the plain path: %s", spec.element, axis, reason)
         return PLAIN
-    return word
+    return _WORDS[device]
 
 
 def operand(
