@@ -124,7 +124,7 @@ class LowPrecisionLinear(nn.Module):
         if spec is None:
             return Operand(matrix, None, None)
         key = position.key(self.name, slot, tokens=kind != "w")
-        found = dispatch.operand(matrix, spec, axis, key, self._encode_scale(kind, spec), _dtype(spec))
+        found = dispatch.operand(matrix, spec, axis, key, self._encode_scale(kind, spec), self.decoded(spec))
         if training:
             self._record(kind, spec, found.amax)
         return found
@@ -137,6 +137,10 @@ class LowPrecisionLinear(nn.Module):
         packed = dispatch.quantize(matrix, spec, axis, key, self._encode_scale(kind, spec))
         self._record(kind, spec, packed.amax)
         return packed
+
+    def decoded(self, spec: QuantSpec) -> torch.dtype:
+        """Of an operand's numbers: what its GEMM multiplies in, if it holds them exactly."""
+        return self.shared.gemm_dtype if spec.exact_in_bf16 else torch.float32
 
     def _encode_scale(self, kind: str, spec: QuantSpec) -> Tensor | None:
         return self.delayed[kind].scale if spec.amax_history else None
@@ -203,7 +207,7 @@ class _Linear(torch.autograd.Function):
                 x = Operand(*saved)
                 if packed is not None:
                     whole = replace(packed, codes=saved[0], scales=saved[1], amax=saved[2])
-                    x = dispatch.decode(whole, _dtype(packed.spec), layer.weight.dtype)
+                    x = dispatch.decode(whole, layer.decoded(packed.spec), layer.weight.dtype)
                 return _gemm(layer, "wgrad", layer.operand("wgrad.a", dy, position), x)
 
             if ctx.deferred is None:
@@ -213,10 +217,6 @@ class _Linear(torch.autograd.Function):
         if ctx.has_bias and ctx.needs_input_grad[2]:
             db = dy.sum(0, dtype=torch.float32)
         return dx, dw, db, None, None
-
-
-def _dtype(spec: QuantSpec) -> torch.dtype:
-    return torch.bfloat16 if spec.exact_in_bf16 else torch.float32
 
 
 def _gemm(layer: LowPrecisionLinear, gemm: str, a: Operand, b: Operand, bias: Tensor | None = None) -> Tensor:

@@ -17,7 +17,7 @@ from lowprec.apply import Precision, RunFacts
 from lowprec.linear import SLOT_AXES
 from lowprec.policy import Policy, PrecisionConfig, parse
 
-PRESETS = ("mxfp8", "nvfp4", "fp8_current", "fp8_delayed", "fp8_block", "mxfp4")
+PRESETS = ("mxfp8", "nvfp4", "fp8_current", "fp8_delayed", "fp8_block", "fp8_lm", "mxfp4")
 FACTS = RunFacts(seed=3, steps=100, tokens_per_step=64)
 
 
