@@ -11,7 +11,7 @@
     linear4_rank1   half a byte, FP32 maxima of rows   nearest code of x / s, s_ij = min(max of row i, max of column j)
                     and columns                        (lpmm's second moment)
 
-A name with "_sr" at its end is encoded with stochastic rounding: x between two codes goes up if fraction + u / 2^16
+x / s is computed as x times the FP32 number 1 / s. A name with "_sr" at its end is encoded with stochastic rounding: x between two codes goes up if fraction + u / 2^16
 >= 1, u 16 random bits that depend on (seed, tensor, slot, step, index in the logical tensor) alone. Nearest: E4M3,
 BF16 and FP16 to even; in a codebook a tie goes to the lower code, as lpmm's strict comparison does (`ties="up"`: as
 torchao's). Scales are decode scales: x = value * scale. A block of zeros has scale 0 and decodes to 0; torchao's
@@ -287,8 +287,8 @@ class Coded(Codec):
         self, values: Tensor, extent: Extent, state: State, statistics: Tensor | None, random: RandomKey | None
     ) -> None:
         self._write_scales(values, extent, state, statistics)
-        scales = self._scales(state, extent)
-        codes = self._codes(values / torch.where(scales > 0, scales, 1.0), self._uniform(extent, random, values.device))
+        inverse = 1.0 / self._scales(state, extent).clamp(min=2.0**-126)  # finite, whatever the scale
+        codes = self._codes(values * inverse, self._uniform(extent, random, values.device))
         if self.bits == 4:
             codes = pad(codes, (0, extent.count % 2))
             codes = codes[::2] | (codes[1::2] << 4)

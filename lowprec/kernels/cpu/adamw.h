@@ -24,30 +24,61 @@ struct Step {  // the numbers of a step in every lane
   LOWPREC_INLINE F change(F m, F v) const { return m * minus_step / (square_root(v) * root_correction + eps); }
 };
 
-// Moments m and v move in place; next = keep weight + change, change = change - decay weight.
-template <bool kChange, class In>
-static LOWPREC_INLINE void advance(const Step& step, const In* grad, float* m, float* v, const float* weight, float* next,
-                                   float* change) {
-  for (int i = 0; i < kUnit; i += kLanes) {
-    const F g = load(grad + i) * step.grad_scale, old = load(m + i), w = load(weight + i);
+struct FromFloats {
+  const float* x;
+  LOWPREC_INLINE F operator()(int i) const { return load(x + i); }
+};
+struct FromNibbles {
+  const uint8_t* codes;
+  Table16 table;
+  F scale;
+  LOWPREC_INLINE F operator()(int i) const { return table[load_nibbles(codes + i / 2)] * scale; }
+};
+
+// One half of a unit: m and v from old_m and old_v; next = keep weight + change, change = change - decay weight.
+template <bool kChange, class In, class M, class V>
+static LOWPREC_INLINE void advance(const Step& step, int half, const In* grad, const M& old_m, const V& old_v, float* m, float* v,
+                                   const float* weight, float* next, float* change, Most* most) {
+  F most_m = splat(0.0f), most_v = splat(0.0f);
+  for (int i = 128 * half; i < 128 * half + 128; i += kLanes) {
+    const F g = load(grad + i) * step.grad_scale, old = old_m(i), w = load(weight + i);
     const F mean = old + (g - old) * step.one_minus_beta1;
-    const F square = load(v + i) * step.beta2 + g * step.one_minus_beta2 * g;
+    const F square = old_v(i) * step.beta2 + g * step.one_minus_beta2 * g;
     const F moved = step.change(mean, square);
+    most_m = max(most_m, absolute(mean)), most_v = max(most_v, square);
     store(m + i, mean), store(v + i, square);
     store(next + i, w * step.keep + moved);
     if (kChange) store(change + i, moved - w * step.decay);
   }
+  most[0].halves[half] = largest_lane(most_m), most[1].halves[half] = largest_lane(most_v);
 }
 
 template <class In>
 static inline void advance_unit(const AdamJob& job, const Unit& unit, float* m, float* v, const float* weight, float* next,
-                                float* change) {
+                                float* change, Most* most) {
   const Window<In> grad(job.grad, unit);
   const Step step(job);
-  if (change)
-    advance<true>(step, grad.data, m, v, weight, next, change);
-  else
-    advance<false>(step, grad.data, m, v, weight, next, change);
+  for (int half = 0; half < 2; half++) {
+    if (change)
+      advance<true>(step, half, grad.data, FromFloats{m}, FromFloats{v}, m, v, weight, next, change, most);
+    else
+      advance<false>(step, half, grad.data, FromFloats{m}, FromFloats{v}, m, v, weight, next, change, most);
+  }
+}
+
+// The same of a whole unit whose moments both have 4 bits: decoded on the way.
+template <class In>
+static inline void advance_nibbles(const AdamJob& job, const Unit& unit, float* m, float* v, const float* weight, float* next,
+                                   Most* most) {
+  const In* grad = (const In*)job.grad + unit.index * kUnit;
+  const Step step(job);
+  for (int half = 0; half < 2; half++) {
+    const auto from = [&](const State& state) {
+      return FromNibbles{(const uint8_t*)state.payload + unit.index * kUnit / 2, Table16(state.values),
+                         splat(state.scales[2 * unit.index + half])};
+    };
+    advance<false>(step, half, grad, from(job.exp_avg), from(job.exp_avg_sq), m, v, weight, next, nullptr, most);
+  }
 }
 
 static LOWPREC_INLINE F stochastic_bf16(F value, I random) {
@@ -104,7 +135,7 @@ static inline void collage_moments(const AdamJob& job, const Unit& unit, Arrays&
 // Rounds a.next, or adds a.change, into the weight, as the rule says; a.next becomes what is stored.
 static inline void write_weight(const AdamJob& job, const Unit& unit, Arrays& a) {
   if (job.write == Write::kNearest) {
-    encode_state(job, unit, job.weight, a.next);
+    encode_state(job, unit, job.weight, a.next, Most{});
     if (job.tally) {  // the new scale is the one to read with
       State stored = job.weight;
       stored.scale = stored.next_scale;
@@ -168,25 +199,29 @@ static void adamw(const AdamJob& job, int64_t first_unit, int64_t last_unit) {
         collage_moments<float>(job, unit, a);
       else
         collage_moments<Bf16>(job, unit, a);
-      encode_state(job, unit, job.exp_avg, a.m), encode_state(job, unit, job.exp_avg_sq, a.v);
+      encode_state(job, unit, job.exp_avg, a.m, Most{}), encode_state(job, unit, job.exp_avg_sq, a.v, Most{});
       write_weight(job, unit, a);
       if (job.tally) tally_unit(job, unit, a);
       continue;
     }
     const bool direct = job.weight.store == Store::kFloat && unit.whole() && !job.tally;
-    float* m = in_place_or(job, unit, job.exp_avg, a.m);
-    float* v = in_place_or(job, unit, job.exp_avg_sq, a.v);
+    float* change = job.tally || job.write == Write::kKahan ? a.change : nullptr;
+    const bool nibbles = job.exp_avg.store == Store::kBook4 && job.exp_avg_sq.store == Store::kBook4 && unit.whole() && !change;
+    float* m = nibbles ? a.m : in_place_or(job, unit, job.exp_avg, a.m);
+    float* v = nibbles ? a.v : in_place_or(job, unit, job.exp_avg_sq, a.v);
     float* weight = direct ? in_place_or(job, unit, job.weight, a.weight) : a.weight;
     if (!direct) decode_state(job, unit, job.weight, a.weight);
     float* next = direct ? weight : a.next;
-    float* change = job.tally || job.write == Write::kKahan ? a.change : nullptr;
+    Most most[2];
     if (job.grad_store == Store::kFloat)
-      advance_unit<float>(job, unit, m, v, weight, next, change);
+      nibbles ? advance_nibbles<float>(job, unit, m, v, weight, next, most)
+              : advance_unit<float>(job, unit, m, v, weight, next, change, most);
     else
-      advance_unit<Bf16>(job, unit, m, v, weight, next, change);
+      nibbles ? advance_nibbles<Bf16>(job, unit, m, v, weight, next, most)
+              : advance_unit<Bf16>(job, unit, m, v, weight, next, change, most);
     if (!direct) write_weight(job, unit, a);
-    if (m == a.m) encode_state(job, unit, job.exp_avg, m);
-    if (v == a.v) encode_state(job, unit, job.exp_avg_sq, v);
+    if (m == a.m) encode_state(job, unit, job.exp_avg, m, most[0]);
+    if (v == a.v) encode_state(job, unit, job.exp_avg_sq, v, most[1]);
     if (job.tally) tally_unit(job, unit, a);
   }
 }
@@ -198,10 +233,11 @@ static void adamw_maxima(const AdamJob& job, int64_t first_unit, int64_t last_un
     const Unit unit(job, index);
     decode_state(job, unit, job.exp_avg, a.m), decode_state(job, unit, job.exp_avg_sq, a.v);
     decode_state(job, unit, job.weight, a.weight);
+    Most most[2];
     if (job.grad_store == Store::kFloat)
-      advance_unit<float>(job, unit, a.m, a.v, a.weight, a.next, nullptr);
+      advance_unit<float>(job, unit, a.m, a.v, a.weight, a.next, nullptr, most);
     else
-      advance_unit<Bf16>(job, unit, a.m, a.v, a.weight, a.next, nullptr);
+      advance_unit<Bf16>(job, unit, a.m, a.v, a.weight, a.next, nullptr, most);
     for (int i = unit.count; i < kUnit; i++) a.next[i] = 0.0f;  // eps may be 0
     find_maxima(job, unit, job.exp_avg, a.m, found);
     find_maxima(job, unit, job.exp_avg_sq, a.v, found);

@@ -18,9 +18,9 @@ struct State {
   float* scales;        // of blocks: read, then written
   float scale;          // of the tensor, as it was
   float next_scale;     // and as it will be
-  const float* rows;    // kRank1: maxima of all rows and columns, as they were; and as they will be
+  const float* rows;    // kRank1: maxima of all rows and columns, as they were; as they will be:
   const float* columns;
-  const float* next_rows;
+  const float* next_rows;     // their inverses
   const float* next_columns;
   const float* values;  // codebook [16 or 256]
   const float* limits;  // [16 or 256]: midpoints between neighbours, then Inf

@@ -139,17 +139,20 @@ float power_of_two_scale(float amax, float largest, float previous) {
   return std::ldexp(1.0f, -std::clamp(exponent, -126, 126));
 }
 
-void take_maxima(State& state, const float* maxima, const AdamJob& job, float largest) {
+void take_maxima(State& state, const float* maxima, float* inverses, const AdamJob& job, float largest) {
   const float* mine = maxima + state.found_at;
+  inverses += state.found_at;
   if (scaled(state.store)) state.next_scale = power_of_two_scale(*mine, largest, state.scale);
-  if (state.store == Store::kRank1) state.next_rows = mine, state.next_columns = mine + job.row_count;
+  if (state.store != Store::kRank1) return;
+  for (int64_t i = 0; i < job.row_count + job.row_length; i++) inverses[i] = 1.0f / std::max(mine[i], 0x1p-126f);
+  state.next_rows = inverses, state.next_columns = inverses + job.row_count;
 }
 
-void keep_scales(const State& state, const at::Tensor* parts, const AdamJob& job) {
+void keep_scales(const State& state, const float* maxima, const at::Tensor* parts, const AdamJob& job) {
   if (scaled(state.store)) *floats(parts[kScales]) = state.next_scale;
   if (state.store != Store::kRank1) return;
-  std::copy_n(state.next_rows, job.row_count, floats(parts[kRows]));
-  std::copy_n(state.next_columns, job.row_length, floats(parts[kColumns]));
+  std::copy_n(maxima + state.found_at, job.row_count, floats(parts[kRows]));
+  std::copy_n(maxima + state.found_at + job.row_count, job.row_length, floats(parts[kColumns]));
 }
 
 float largest_of(Store store) { return store == Store::kHalf ? 65504.0f : 448.0f; }
@@ -158,11 +161,14 @@ at::Tensor adamw(at::TensorList tensors, at::TensorList tables, const at::Tensor
                  const MaybeTensor& random, at::IntArrayRef spec, at::ArrayRef<double> numbers, bool measure) {
   AdamJob job = job_of(tensors, tables, grad, spec, numbers);
   const int64_t wanted = job.weight.found_at + maxima_of(job.weight, job), units = (job.count + kUnit - 1) / kUnit;
+  const float* values = nullptr;
+  std::vector<float> inverses(wanted);
   if (wanted) {
     TORCH_CHECK(maxima, "adamw needs the tensor's maxima");
     check(*maxima, at::kFloat, wanted, "maxima");
-    const float* values = maxima->const_data_ptr<float>();
-    for (State* state : {&job.exp_avg, &job.exp_avg_sq, &job.weight}) take_maxima(*state, values, job, largest_of(state->store));
+    values = maxima->const_data_ptr<float>();
+    for (State* state : {&job.exp_avg, &job.exp_avg_sq, &job.weight})
+      take_maxima(*state, values, inverses.data(), job, largest_of(state->store));
   }
   if (job.write == Write::kStochastic) {
     TORCH_CHECK(random && random->scalar_type() == at::kLong && random->numel() == 5 && random->is_contiguous(), "random");
@@ -173,9 +179,9 @@ at::Tensor adamw(at::TensorList tensors, at::TensorList tables, const at::Tensor
   job.tally = measure ? tally.data() : nullptr;
   const Kernels& kernels = kernels_in_use();
   at::parallel_for(0, units, kUnitsOfAThread, [&](int64_t begin, int64_t end) { kernels.adamw(job, begin, end); });
-  keep_scales(job.exp_avg, &tensors[kMoments], job);
-  keep_scales(job.exp_avg_sq, &tensors[kSquares], job);
-  keep_scales(job.weight, &tensors[kWeight], job);
+  keep_scales(job.exp_avg, values, &tensors[kMoments], job);
+  keep_scales(job.exp_avg_sq, values, &tensors[kSquares], job);
+  keep_scales(job.weight, values, &tensors[kWeight], job);
   at::Tensor sums = at::zeros({3}, at::kDouble);
   for (size_t i = 0; i < tally.size(); i++) sums.mutable_data_ptr<double>()[i % 3] += tally[i];
   return sums;

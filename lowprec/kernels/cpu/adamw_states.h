@@ -36,14 +36,29 @@ struct Window {
 static LOWPREC_INLINE Element e4m3_element() { return Element{3, -6, 7, 0x7f, -1, false, 448.0f}; }
 static LOWPREC_INLINE Element half_element() { return Element{10, -14, 15, -1, -1, false, 65504.0f}; }
 
-static LOWPREC_INLINE float largest(const float* x, int count) {  // count: a multiple of kLanes
-  F most = splat(0.0f);
-  for (int i = 0; i < count; i += kLanes) most = max(most, absolute(load(x + i)));
+static LOWPREC_INLINE float largest_lane(F most) {  // of numbers that are not negative
   const int32_t bits = reduce_max((I)most);
   float value;
   __builtin_memcpy(&value, &bits, sizeof value);
   return value;
 }
+
+struct Most {  // largest magnitudes of the two halves of a unit
+  float halves[2];
+  float all() const { return halves[0] > halves[1] ? halves[0] : halves[1]; }
+};
+
+static inline Most most_of(const float* x) {
+  Most most;
+  for (int half = 0; half < 2; half++) {
+    F found = splat(0.0f);
+    for (int i = 128 * half; i < 128 * half + 128; i += kLanes) found = max(found, absolute(load(x + i)));
+    most.halves[half] = largest_lane(found);
+  }
+  return most;
+}
+
+static LOWPREC_INLINE float inverse_of(float scale) { return 1.0f / (scale > 0x1p-126f ? scale : 0x1p-126f); }
 
 // Calls run(first, count, row, column) for each run of the unit's elements that lie in one row.
 template <class Run>
@@ -58,12 +73,20 @@ static LOWPREC_INLINE void for_rows(const AdamJob& job, const Unit& unit, const 
   }
 }
 
+// The smaller of each element's row's and column's number, or of inverse numbers the larger.
+template <bool kInverse>
 static inline void rank1_scales(const AdamJob& job, const Unit& unit, const float* rows, const float* columns, float* scales) {
   for_rows(job, unit, [&](int first, int count, int64_t row, int64_t column) {
     const float mine = rows[row];
     int i = 0;
-    for (; i + kLanes <= count; i += kLanes) store(scales + first + i, min(load(columns + column + i), splat(mine)));
-    for (; i < count; i++) scales[first + i] = columns[column + i] < mine ? columns[column + i] : mine;
+    for (; i + kLanes <= count; i += kLanes) {
+      const F theirs = load(columns + column + i);
+      store(scales + first + i, kInverse ? max(theirs, splat(mine)) : min(theirs, splat(mine)));
+    }
+    for (; i < count; i++) {
+      const float theirs = columns[column + i];
+      scales[first + i] = (kInverse ? theirs > mine : theirs < mine) ? theirs : mine;
+    }
   });
   for (int i = unit.count; i < kUnit; i++) scales[i] = 0.0f;
 }
@@ -116,7 +139,7 @@ static inline void decode_state(const AdamJob& job, const Unit& unit, const Stat
     case Store::kRank1: {
       const Window<uint8_t> in(state.payload, unit, 2);
       float scales[kUnit];
-      rank1_scales(job, unit, state.rows, state.columns, scales);
+      rank1_scales<false>(job, unit, state.rows, state.columns, scales);
       const Table16 table(state.values);
       for (int i = 0; i < kUnit; i += kLanes) store(out + i, table[load_nibbles(in.data + i / 2)] * load(scales + i));
       break;
@@ -142,34 +165,30 @@ struct Search {
   }
 };
 
-static LOWPREC_INLINE F or_one(F scale) { return scale > splat(0.0f) ? scale : splat(1.0f); }
-
-static inline void encode_nibbles(const State& state, const float* x, const float* scales, uint8_t* codes) {
+static inline void encode_rank1(const State& state, const float* x, const float* inverses, uint8_t* codes) {
   const Search search(state.limits);
   const Table8 third(search.eighths), fourth(search.sixteenths);
   for (int i = 0; i < kUnit; i += kLanes)
-    store_nibbles(codes + i / 2, search(third, fourth, load(x + i) / or_one(load(scales + i))));
+    store_nibbles(codes + i / 2, search(third, fourth, load(x + i) * load(inverses + i)));
 }
 
-static inline void encode_book4(const State& state, const Unit& unit, const float* x, uint8_t* codes) {
+static inline void encode_book4(const State& state, const Unit& unit, const float* x, const Most& most, uint8_t* codes) {
   const Search search(state.limits);
   const Table8 third(search.eighths), fourth(search.sixteenths);
   for (int from = 0, block = 0; from < unit.count; from += 128, block++) {
-    const float scale = largest(x + from, 128);
-    state.scales[2 * unit.index + block] = scale;
-    const F divisor = or_one(splat(scale));
+    state.scales[2 * unit.index + block] = most.halves[block];
+    const F inverse = splat(inverse_of(most.halves[block]));
     for (int i = from; i < from + 128; i += kLanes)
-      store_nibbles(codes + i / 2, search(third, fourth, load(x + i) / divisor));
+      store_nibbles(codes + i / 2, search(third, fourth, load(x + i) * inverse));
   }
 }
 
-static inline void encode_book8(const State& state, const Unit& unit, const float* x) {
+static inline void encode_book8(const State& state, const Unit& unit, const float* x, float scale) {
   uint8_t* codes = (uint8_t*)state.payload + unit.index * kUnit;
-  const float scale = largest(x, kUnit);
   state.scales[unit.index] = scale;
-  const F divisor = or_one(splat(scale));
+  const F inverse = splat(inverse_of(scale));
   float ratio[kUnit];
-  for (int i = 0; i < kUnit; i += kLanes) store(ratio + i, load(x + i) / divisor);
+  for (int i = 0; i < kUnit; i += kLanes) store(ratio + i, load(x + i) * inverse);
   for (int i = 0; i < unit.count; i++) {
     uint32_t bits;
     __builtin_memcpy(&bits, ratio + i, sizeof bits);
@@ -185,7 +204,7 @@ static LOWPREC_INLINE void store_halves(void* payload, const Unit& unit, const f
   out.write_back();
 }
 
-static inline void encode_state(const AdamJob& job, const Unit& unit, const State& state, const float* x) {
+static inline void encode_state(const AdamJob& job, const Unit& unit, const State& state, const float* x, const Most& most) {
   switch (state.store) {
     case Store::kFloat: {
       float* out = (float*)state.payload + unit.index * kUnit;
@@ -203,34 +222,28 @@ static inline void encode_state(const AdamJob& job, const Unit& unit, const Stat
     case Store::kByteBlock: {
       Window<uint8_t> out(state.payload, unit);
       const Grid grid(e4m3_element());
-      F encode, divisor = splat(1.0f);
+      float scale = state.next_scale;
       if (state.store == Store::kByteBlock) {
-        float scale = largest(x, kUnit);
-        scale = (scale > 1e-12f ? scale : 1e-12f) / 448.0f;
+        scale = (most.all() > 1e-12f ? most.all() : 1e-12f) / 448.0f;
         state.scales[unit.index] = scale;
-        divisor = splat(scale), encode = splat(1.0f);
-      } else {
-        encode = splat(1.0f / state.next_scale);
       }
-      const bool divide = state.store == Store::kByteBlock;
-      for (int i = 0; i < kUnit; i += kLanes) {
-        const F v = load(x + i);
-        store_bytes(out.data + i, code_on_grid<false>(grid, divide ? v / divisor : v * encode, F{}));
-      }
+      const F encode = splat(1.0f / scale);
+      for (int i = 0; i < kUnit; i += kLanes)
+        store_bytes(out.data + i, code_on_grid<false>(grid, load(x + i) * encode, F{}));
       return out.write_back();
     }
     case Store::kBook8:
-      return encode_book8(state, unit, x);
+      return encode_book8(state, unit, x, most.all());
     case Store::kBook4: {
       Window<uint8_t> out(state.payload, unit, 2);
-      encode_book4(state, unit, x, out.data);
+      encode_book4(state, unit, x, most, out.data);
       return out.write_back();
     }
     case Store::kRank1: {
       Window<uint8_t> out(state.payload, unit, 2);
-      float scales[kUnit];
-      rank1_scales(job, unit, state.next_rows, state.next_columns, scales);
-      encode_nibbles(state, x, scales, out.data);
+      float inverses[kUnit];
+      rank1_scales<true>(job, unit, state.next_rows, state.next_columns, inverses);
+      encode_rank1(state, x, inverses, out.data);
       return out.write_back();
     }
   }
@@ -240,7 +253,7 @@ static inline void encode_state(const AdamJob& job, const Unit& unit, const Stat
 static inline void find_maxima(const AdamJob& job, const Unit& unit, const State& state, const float* x, float* found) {
   float* mine = found + state.found_at;
   if (state.store == Store::kHalf || state.store == Store::kByte) {
-    const float most = largest(x, kUnit);
+    const float most = most_of(x).all();
     *mine = most > *mine ? most : *mine;
   } else if (state.store == Store::kRank1) {
     float* columns = mine + job.row_count;
