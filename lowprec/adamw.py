@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 Master = Literal["fp32", "fp16_scaled", "bf16", "none"]
 Rule = Literal["nearest", "stochastic", "kahan", "collage_light", "collage_plus"]
 FACTOR = "factor"
+_CHUNK = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -176,8 +177,18 @@ class Update:
         self.weight_codec.encode(values, extent, _state(tensors, "weight"), statistics, None)
 
     def weights(self, extent: Extent, tensors: Mapping[str, Tensor]) -> Tensor:
-        """What the master holds, FP32 [count]: to be rounded into the working weights."""
+        """What the master holds, FP32 [count]."""
         return self.weight_codec.decode(_state(tensors, "weight"), extent)
+
+    @torch.no_grad()
+    def write_working(self, tensors: Mapping[str, Tensor], working: Tensor) -> None:
+        """Round what the master holds into the working weights [count], a cache's worth at a time."""
+        master, scale = tensors["weight"], tensors.get("weight.scale")
+        if scale is None:
+            working.copy_(master)
+            return
+        for into, part in zip(working.split(_CHUNK), master.split(_CHUNK), strict=True):
+            into.copy_(part.float().mul_(scale))
 
     @torch.no_grad()
     def sums(self, extent: Extent, grad: Tensor, hyper: Hyper) -> Tensor | None:

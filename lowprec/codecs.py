@@ -11,13 +11,13 @@
     linear4_rank1   half a byte, FP32 maxima of rows   nearest code of x / s, s_ij = min(max of row i, max of column j)
                     and columns                        (lpmm's second moment)
 
-x / s is computed as x times the FP32 number 1 / s. A name with "_sr" at its end is encoded with stochastic rounding: x
-between two codes goes up if fraction + u / 2^16 >= 1, u 16 random bits that depend on (seed, tensor, slot, step, index
-in the logical tensor) alone. Nearest: E4M3, BF16 and FP16 to even; in a codebook a tie goes to the lower code, as in
-lpmm's strict comparison (`ties="up"`: as torchao's). Scales are decode scales: x = value * scale. A block of zeros has
-scale 0 and decodes to 0; torchao's floor of 1e-12 is kept for FP8 only: as the scale of a second moment it would be
-larger than the moments of small gradients. When amax is 0, or not finite, a tensor's power-of-two scale stays what it
-was (MS-AMP).
+x / s is computed as x times the FP32 number 1 / s. A name with "_sr" at its end is encoded with stochastic rounding:
+x between two codes goes up if fraction + u / 2^16 >= 1, u 16 random bits that depend on (seed, tensor, slot, step,
+index in the logical tensor) alone. Nearest: E4M3, BF16 and FP16 to even; in a codebook a tie goes to the lower code,
+as lpmm's strict comparison does (`ties="up"`: as torchao's). Scales are decode scales: x = value * scale. A block of
+zeros has scale 0 and decodes to 0; torchao's floor of 1e-12 is kept for FP8 only: as the scale of a second moment it
+would be larger than the moments of small gradients. When amax is 0, or not finite, a tensor's power-of-two scale
+stays what it was (MS-AMP).
 
 A state belongs to a fragment: the elements [offset, offset + count) of the row-major flattened logical tensor. Codecs
 of blocks want it aligned: offset and end multiples of 256 (or the tensor's end), so that no block, counted from the

@@ -226,7 +226,7 @@ class AdamW(torch.optim.Optimizer):
         statistics = self.storage.statistics(extent, tensors, grad, hyper)
         tally = self.storage.apply(extent, tensors, grad, hyper, statistics, key, self.measure)
         if "weight" in state:
-            working.copy_(self.storage.weights(extent, tensors))
+            self.storage.write_working(tensors, working)
         return tally
 
     def _fresh(self, parameter: Tensor, extent: Extent) -> dict[str, Tensor]:

@@ -26,13 +26,17 @@ struct Step {  // the numbers of a step in every lane
 
 struct FromFloats {
   const float* x;
-  LOWPREC_INLINE F operator()(int i) const { return load(x + i); }
+  LOWPREC_INLINE void operator()(int64_t i, F* two) const { two[0] = load(x + i), two[1] = load(x + i + kLanes); }
 };
 struct FromNibbles {
   const uint8_t* codes;
   Table16 table;
   F scale;
-  LOWPREC_INLINE F operator()(int i) const { return table[load_nibbles(codes + i / 2)] * scale; }
+  LOWPREC_INLINE void operator()(int64_t i, F* two) const {
+    I code[2];
+    load_nibbles(codes + i / 2, code);
+    two[0] = table[code[0]] * scale, two[1] = table[code[1]] * scale;
+  }
 };
 
 // One half of a unit: m and v from old_m and old_v; next = keep weight + change, change = change - decay weight.
@@ -40,15 +44,20 @@ template <bool kChange, class In, class M, class V>
 static LOWPREC_INLINE void advance(const Step& step, int half, const In* grad, const M& old_m, const V& old_v, float* m, float* v,
                                    const float* weight, float* next, float* change, Most* most) {
   F most_m = splat(0.0f), most_v = splat(0.0f);
-  for (int i = 128 * half; i < 128 * half + 128; i += kLanes) {
-    const F g = load(grad + i) * step.grad_scale, old = old_m(i), w = load(weight + i);
-    const F mean = old + (g - old) * step.one_minus_beta1;
-    const F square = old_v(i) * step.beta2 + g * step.one_minus_beta2 * g;
-    const F moved = step.change(mean, square);
-    most_m = max(most_m, absolute(mean)), most_v = max(most_v, square);
-    store(m + i, mean), store(v + i, square);
-    store(next + i, w * step.keep + moved);
-    if (kChange) store(change + i, moved - w * step.decay);
+  for (int64_t first = 128 * half; first < 128 * half + 128; first += 2 * kLanes) {
+    F olds[2], squares[2];
+    old_m(first, olds), old_v(first, squares);
+    for (int j = 0; j < 2; j++) {
+      const int64_t i = first + j * kLanes;
+      const F g = load(grad + i) * step.grad_scale, old = olds[j], w = load(weight + i);
+      const F mean = old + (g - old) * step.one_minus_beta1;
+      const F square = squares[j] * step.beta2 + g * step.one_minus_beta2 * g;
+      const F moved = step.change(mean, square);
+      most_m = max(most_m, absolute(mean)), most_v = max(most_v, square);
+      store(m + i, mean), store(v + i, square);
+      store(next + i, w * step.keep + moved);
+      if (kChange) store(change + i, moved - w * step.decay);
+    }
   }
   most[0].halves[half] = largest_lane(most_m), most[1].halves[half] = largest_lane(most_v);
 }
@@ -87,11 +96,11 @@ static LOWPREC_INLINE F stochastic_bf16(F value, I random) {
   return magnitude >= splat(0x7f800000) ? round_to_bf16(value) : (F)rounded;
 }
 
-// BF16 arithmetic: every operation is rounded. See lowprec/compensated.py.
+// BF16 arithmetic: every operation is rounded; numbers are finite, or what processors make of Inf. See lowprec/compensated.py.
 struct Pair {
   F high, low;
 };
-static LOWPREC_INLINE F bf16(F v) { return (F)((I)round_to_bf16(v) & splat((int32_t)0xffff0000u)); }
+static LOWPREC_INLINE F bf16(F v) { return (F)((I)round_number_to_bf16(v) & splat((int32_t)0xffff0000u)); }
 static LOWPREC_INLINE Pair fast_two_sum(F a, F b) {
   const F total = bf16(a + b);
   return {total, bf16(b - bf16(total - a))};

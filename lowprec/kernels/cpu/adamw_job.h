@@ -22,6 +22,7 @@ struct State {
   const float* columns;
   const float* next_rows;     // their inverses
   const float* next_columns;
+  bool linear;          // the codebook is 1/16 .. 16/16
   const float* values;  // codebook [16 or 256]
   const float* limits;  // [16 or 256]: midpoints between neighbours, then Inf
   const uint8_t* cells;  // [65536], kBook8: code of the smallest number whose upper 16 bits are the index

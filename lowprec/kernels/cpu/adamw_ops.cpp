@@ -75,6 +75,8 @@ State state_of(const at::Tensor* parts, const at::Tensor* tables, Store store, c
     check(tables[2], at::kByte, 65536, name);
     state.values = floats(tables[0]), state.limits = floats(tables[1]);
     state.cells = tables[2].const_data_ptr<uint8_t>();
+    state.linear = entries == 16;
+    for (int i = 0; i < 16; i++) state.linear &= state.values[i] == (i + 1) / 16.0f;
   }
   return state;
 }

@@ -165,21 +165,37 @@ struct Search {
   }
 };
 
-static inline void encode_rank1(const State& state, const float* x, const float* inverses, uint8_t* codes) {
+// The same for 1/16 .. 16/16: how many of 1 .. 15 are below 16 x - 1/2, which is exact where it matters.
+static LOWPREC_INLINE I search_linear(F x) {
+  const F place = x * splat(16.0f) - splat(0.5f);
+  const I whole = truncate(place);
+  return max(whole + (to_float(whole) >= place), splat(0));
+}
+
+// Codes of 128 numbers times their inverse scales.
+template <class Inverse>
+static LOWPREC_INLINE void encode_nibbles(const State& state, const float* x, const Inverse& inverse, uint8_t* codes) {
+  I found[2];
+  if (state.linear) {
+    for (int64_t i = 0; i < 128; i += 2 * kLanes) {
+      for (int j = 0; j < 2; j++) found[j] = search_linear(load(x + i + j * kLanes) * inverse(i + j * kLanes));
+      store_nibbles(codes + i / 2, found);
+    }
+    return;
+  }
   const Search search(state.limits);
   const Table8 third(search.eighths), fourth(search.sixteenths);
-  for (int i = 0; i < kUnit; i += kLanes)
-    store_nibbles(codes + i / 2, search(third, fourth, load(x + i) * load(inverses + i)));
+  for (int64_t i = 0; i < 128; i += 2 * kLanes) {
+    for (int j = 0; j < 2; j++) found[j] = search(third, fourth, load(x + i + j * kLanes) * inverse(i + j * kLanes));
+    store_nibbles(codes + i / 2, found);
+  }
 }
 
 static inline void encode_book4(const State& state, const Unit& unit, const float* x, const Most& most, uint8_t* codes) {
-  const Search search(state.limits);
-  const Table8 third(search.eighths), fourth(search.sixteenths);
-  for (int from = 0, block = 0; from < unit.count; from += 128, block++) {
+  for (int block = 0; 128 * block < unit.count; block++) {
     state.scales[2 * unit.index + block] = most.halves[block];
     const F inverse = splat(inverse_of(most.halves[block]));
-    for (int i = from; i < from + 128; i += kLanes)
-      store_nibbles(codes + i / 2, search(third, fourth, load(x + i) * inverse));
+    encode_nibbles(state, x + 128 * block, [=](int64_t) { return inverse; }, codes + 64 * block);
   }
 }
 
@@ -243,7 +259,8 @@ static inline void encode_state(const AdamJob& job, const Unit& unit, const Stat
       Window<uint8_t> out(state.payload, unit, 2);
       float inverses[kUnit];
       rank1_scales<true>(job, unit, state.next_rows, state.next_columns, inverses);
-      encode_rank1(state, x, inverses, out.data);
+      for (int half = 0; half < 2; half++)
+        encode_nibbles(state, x + 128 * half, [&](int64_t i) { return load(inverses + 128 * half + i); }, out.data + 64 * half);
       return out.write_back();
     }
   }

@@ -42,6 +42,17 @@ static LOWPREC_INLINE void store_nibbles(uint8_t* p, I v) {  // lane 2i in the l
   const int32_t four = _mm_cvtsi128_si32(_mm_unpacklo_epi16(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1)));
   std::memcpy(p, &four, 4);
 }
+static LOWPREC_INLINE void load_nibbles(const uint8_t* p, I* v) {  // v[0] and v[1], neighbours
+  const __m128i two = _mm_loadl_epi64((const __m128i*)p), low = _mm_set1_epi8(0x0f);
+  const __m128i one = _mm_unpacklo_epi8(_mm_and_si128(two, low), _mm_and_si128(_mm_srli_epi16(two, 4), low));
+  v[0] = (I)_mm256_cvtepu8_epi32(one), v[1] = (I)_mm256_cvtepu8_epi32(_mm_srli_si128(one, 8));
+}
+static LOWPREC_INLINE void store_nibbles(uint8_t* p, const I* v) {
+  const __m256i s = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)v[0], (__m256i)v[1]), 0xD8);
+  const __m256i both = _mm256_madd_epi16(s, _mm256_set1_epi32(0x00100001));  // even + 16 odd
+  const __m256i bytes = _mm256_shuffle_epi8(both, _mm256_set1_epi32(0x0c080400));
+  _mm_storel_epi64((__m128i*)p, _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+}
 static LOWPREC_INLINE void store_pair(float* p, F a, F b) { store(p, a), store(p + 8, b); }
 static LOWPREC_INLINE void store_pair(Bf16* p, F a, F b) {  // high halves: the caller has rounded
   const __m256i s = _mm256_packus_epi32(_mm256_srli_epi32((__m256i)a, 16), _mm256_srli_epi32((__m256i)b, 16));

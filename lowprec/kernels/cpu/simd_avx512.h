@@ -36,6 +36,10 @@ static LOWPREC_INLINE void store_nibbles(uint8_t* p, I v) {  // lane 2i in the l
   const __m512i both = _mm512_or_si512((__m512i)v, _mm512_srli_epi64((__m512i)v, 28));
   _mm_storel_epi64((__m128i*)p, _mm512_cvtepi64_epi8(both));
 }
+static LOWPREC_INLINE void load_nibbles(const uint8_t* p, I* v) {  // v[0] and v[1], neighbours
+  v[0] = load_nibbles(p), v[1] = load_nibbles(p + kLanes / 2);
+}
+static LOWPREC_INLINE void store_nibbles(uint8_t* p, const I* v) { store_nibbles(p, v[0]), store_nibbles(p + kLanes / 2, v[1]); }
 static LOWPREC_INLINE void store_pair(float* p, F a, F b) { store(p, a), store(p + 16, b); }
 static LOWPREC_INLINE void store_pair(Bf16* p, F a, F b) {  // high halves: the caller has rounded
   const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23,

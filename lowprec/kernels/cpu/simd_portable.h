@@ -37,6 +37,10 @@ static LOWPREC_INLINE void store_nibbles(uint8_t* p, I v) {  // lane 2i in the l
   p[0] = (uint8_t)(v[0] | v[1] << 4);
   p[1] = (uint8_t)(v[2] | v[3] << 4);
 }
+static LOWPREC_INLINE void load_nibbles(const uint8_t* p, I* v) {  // v[0] and v[1], neighbours
+  v[0] = load_nibbles(p), v[1] = load_nibbles(p + kLanes / 2);
+}
+static LOWPREC_INLINE void store_nibbles(uint8_t* p, const I* v) { store_nibbles(p, v[0]), store_nibbles(p + kLanes / 2, v[1]); }
 static LOWPREC_INLINE void store_pair(float* p, F a, F b) { store(p, a), store(p + 4, b); }
 static LOWPREC_INLINE void store_pair(Bf16* p, F a, F b) {  // high halves: the caller has rounded
   for (int i = 0; i < kLanes; i++) {
