@@ -13,16 +13,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from data.loader import DataConfig
 from errors import UsageError
+from lowprec.gradients import GradientsConfig
 from lowprec.optim import OptimizerConfig
 from lowprec.policy import Policy, PrecisionConfig, parse
 from lowprec.zero import ZeroConfig
@@ -30,8 +30,10 @@ from model.config import ModelConfig
 from parallel.checkpoint import CheckpointConfig
 from parallel.mesh import ParallelConfig
 from report.metrics import MetricsConfig
+from strict_yaml import load_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
+POLICIES = RECIPES / "precision"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +156,7 @@ class Recipe:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    gradients: GradientsConfig = field(default_factory=GradientsConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -168,7 +171,7 @@ class Recipe:
             if dataclasses.is_dataclass(value := getattr(self, section.name))
             for message in value.problems()  # pyright: ignore[reportAttributeAccessIssue]
         ]
-        return found or [*self._layout_problems(world_size), *self._schedule_problems()]
+        return found or [*self._layout_problems(world_size), *self._schedule_problems(), *self._storage_problems()]
 
     def _layout_problems(self, world_size: int) -> list[str]:
         tp, pp = self.parallel.tp, self.parallel.pp
@@ -190,6 +193,31 @@ class Recipe:
             )
         return found
 
+    def _storage_problems(self) -> list[str]:
+        """Combinations of zero, gradients and optimizer that mean nothing or are not built."""
+        found, stage, optimizer, gradients = [], self.zero.stage, self.optimizer, self.gradients
+        if stage == 0 and gradients.payload != "fp32":
+            found.append(f"gradients.payload {gradients.payload} at zero.stage 0; use stage 1 or 2, or payload fp32")
+        if stage == 3:
+            found += [
+                f"{key} {value} at zero.stage 3, where DeepSpeed reduces FP32 gradients and keeps FP32 masters; use "
+                f"stage 1 or 2, or {default}"
+                for key, value, default in (
+                    ("gradients.payload", gradients.payload, "fp32"),
+                    ("gradients.accumulate", gradients.accumulate, "fp32"),
+                    ("optimizer.master", optimizer.master, "fp32"),
+                )
+                if value != default
+            ]
+        if self.model.dtype == "fp32" and optimizer.master in ("bf16", "none"):
+            found.append(f"optimizer.master {optimizer.master} needs model.dtype bf16, it is fp32")
+        if self.zero.gather != "exact" and optimizer.master == "none":
+            found.append(
+                f"zero.gather {self.zero.gather} with optimizer.master none would round the only copy of the weights; "
+                "use exact, or a master"
+            )
+        return found
+
     def _schedule_problems(self) -> list[str]:
         steps, schedule = self.train.steps, self.schedule
         warmup = in_steps(schedule.warmup, steps)
@@ -202,46 +230,6 @@ class Recipe:
 def in_steps(length: float, steps: int) -> int:
     """A length of a schedule in steps: itself, or a fraction of the run if below 1."""
     return round(length * steps) if length < 1 else round(length)
-
-
-class RecipeLoader(yaml.SafeLoader):
-    """YAML 1.2 scalars: 3e-4 is a number, only true/false are booleans, 1:30 is a string. No duplicate keys."""
-
-    yaml_implicit_resolvers = {
-        first: [pair for pair in pairs if pair[0].rpartition(":")[2] not in {"bool", "int", "float", "timestamp"}]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a string", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-for _tag, _pattern, _first in (
-    ("bool", r"true|false", "tf"),
-    ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789"),
-    ("float", r"[-+]?(\d[\d_]*(\.[\d_]*)?[eE][-+]?\d+|\d[\d_]*\.[\d_]*|\.\d+([eE][-+]?\d+)?)", "-+.0123456789"),
-):
-    RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^({_pattern})$"), list(_first))
-# YAML 1.1 would read a leading zero as octal.
-RecipeLoader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value.replace("_", "")))
-
-
-def load_yaml(text: str, source: str) -> Any:
-    """Parse strict YAML; a syntax error becomes a UsageError naming source, line and column."""
-    try:
-        return yaml.load(text, RecipeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{source}, line {mark.line + 1}, column {mark.column + 1}" if mark else source
-        raise UsageError(f"{where}: {getattr(error, 'problem', error)}") from None
 
 
 def find(name: str) -> Path:
@@ -315,13 +303,18 @@ def load(name: str, overrides: tuple[str, ...] = (), world_size: int = 1) -> Rec
     return recipe
 
 
+def policy_file(name: str) -> Path:
+    """Where the precision policy `name` is: a name in recipes/precision/, or the path of such a file."""
+    return Path(name) if Path(name).suffix in {".yaml", ".yml"} else POLICIES / f"{name}.yaml"
+
+
 def load_policy(name: str) -> Policy:
     """The precision policy `name`: a name in recipes/precision/, or the path of such a file. Raises UsageError."""
-    path = Path(name) if Path(name).suffix in {".yaml", ".yml"} else RECIPES / "precision" / f"{name}.yaml"
+    path = policy_file(name)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        known = sorted(p.stem for p in (RECIPES / "precision").glob("*.yaml"))
+        known = sorted(p.stem for p in POLICIES.glob("*.yaml"))
         raise UsageError(f"cannot read precision policy {name!r}{_nearest(name, known)} ({error})") from None
     return parse(load_yaml(text, str(path)), str(path))
 
@@ -359,6 +352,14 @@ def _unknown_keys(tree: dict[str, Any], cls: type, path: tuple[str, ...]):
             yield f"unknown key {'.'.join(here)}{_nearest('.'.join(here), list(_paths(Recipe)))}"
         elif dataclasses.is_dataclass(hints[key]) and isinstance(value, dict):
             yield from _unknown_keys(value, hints[key], here)
+        elif isinstance(value, list):
+            item = next(filter(dataclasses.is_dataclass, get_args(hints[key])), None)
+            for index, each in enumerate(value):
+                if item and isinstance(each, dict):
+                    known = {field.name for field in dataclasses.fields(item)}
+                    for name in sorted(each.keys() - known):
+                        where = f"{'.'.join(here)}[{index}].{name}"
+                        yield f"unknown key {where}{_nearest(name, sorted(known))}"
 
 
 def _paths(cls: Any, prefix: str = ""):

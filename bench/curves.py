@@ -10,6 +10,7 @@ bench/baselines/ with a hash of everything that decides them (--keep-baseline), 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import statistics
@@ -17,10 +18,11 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from bench.common import parser, report
 from errors import UsageError
-from recipe import load, to_dict
+from recipe import load
 
 BASELINE = "bf16_10m"
 BASELINES = Path(__file__).parent / "baselines"
@@ -40,11 +42,22 @@ SMALL = (
 
 
 def config_hash(name: str, overrides: tuple[str, ...]) -> str:
-    """12 hex digits over every key that can change a loss."""
-    tree = to_dict(load(name, overrides))
-    for key in ("name", "description", "run", "metrics", "checkpoint"):
-        del tree[key]
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+    """12 hex digits over every key that can change a loss and is not at its default: keys to come change nothing."""
+    recipe = load(name, overrides)
+    tree = {
+        section.name: _chosen(getattr(recipe, section.name))
+        for section in dataclasses.fields(recipe)
+        if section.name not in ("name", "description", "run", "metrics", "checkpoint")
+    }
+    text = json.dumps({key: value for key, value in tree.items() if value}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _chosen(value: Any) -> Any:
+    """The fields of a section that are not at their defaults; anything else as it is."""
+    if not dataclasses.is_dataclass(value):
+        return value
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default}
 
 
 def train(name: str, overrides: tuple[str, ...], folder: Path) -> list[dict]:
@@ -95,8 +108,9 @@ def main() -> None:
     names = [BASELINE, *(word for word in options.recipes if "=" not in word)]
     overrides = (*SMALL, *(word for word in options.recipes if "=" in word))
     jobs = [(name, seed) for seed in range(options.seeds) for name in names]
+    out = options.out.resolve()
     with ThreadPoolExecutor(options.jobs) as pool:
-        curves = pool.map(lambda job: curve(*job, overrides, options.out.resolve()), jobs)
+        curves = pool.map(lambda job: curve(job[0], job[1], overrides, out), jobs)
         found = dict(zip(jobs, curves, strict=True))
     figures: dict[str, float | int | str] = {"seeds": options.seeds, "overrides": " ".join(overrides)}
     base = [found[BASELINE, seed] for seed in range(options.seeds)]

@@ -2,11 +2,11 @@
 
     python -m bench.linear [--threads 2] [--repetitions 15] [--json FILE|-]
 
-Large is M 2048, K 1024, N 1024 (keys without suffix); small is M 1024, K 256, N 256 (`_small`). The baseline is
-nn.Linear with the same FP32 gradient accumulator; for `_fp32_wgrad` both sides give the weight gradient in FP32. The
-weight's quantized copies are made in each repetition, as in a run without gradient accumulation. `_plain` is the path
-without a compiler (lowprec/reference.py). `_unpacked` keeps the saved input decoded. Minimum over interleaved
-repetitions.
+Large is M 2048, K 1024, N 1024 (keys without suffix); small is M 1024, K 256, N 256 (`_small`). The baseline is the
+model's own linear with the same FP32 gradient accumulator and the dtype of GEMMs that a run on this machine would
+choose (`gemm_dtype`); for `_fp32_wgrad` both sides give the weight gradient in FP32. The weight's quantized copies are
+made in each repetition, as in a run without gradient accumulation. `_plain` is the path without a compiler
+(lowprec/reference.py). `_unpacked` keeps the saved input decoded. Minimum over interleaved repetitions.
 """
 
 from __future__ import annotations
@@ -22,18 +22,22 @@ from bench.common import parser, report
 from lowprec import dispatch
 from lowprec.apply import Precision, RunFacts
 from lowprec.policy import Policy, PrecisionConfig, Rule
+from model.linear import Linear
 from recipe import load_policy
+from report.flops import faster_gemm
 from run.environment import keep_memory
 
 POLICIES = ("mxfp8", "nvfp4", "fp8_current", "fp8_block", "mxfp4")
 SHAPES = {"": (2048, 1024, 1024), "_small": (1024, 256, 256)}
 
 
-def step(policy: str, shape: tuple[int, int, int], wgrad: str, pack: bool = True) -> Callable[[], None]:
-    """A function that runs one forward and backward; "plain" is nn.Linear itself."""
+def step(
+    policy: str, shape: tuple[int, int, int], gemm_dtype: torch.dtype, wgrad: str = "bf16", pack: bool = True
+) -> Callable[[], None]:
+    """A function that runs one forward and backward; policy "bf16" with wgrad "bf16" is the model's own linear."""
     tokens, features, outputs = shape
     torch.manual_seed(0)
-    linear = nn.Linear(features, outputs, bias=False, dtype=torch.bfloat16)
+    linear = Linear(features, outputs, bias=False, dtype=torch.bfloat16, gemm_dtype=gemm_dtype)
     linear.weight.grad_dtype = torch.float32  # pyright: ignore[reportAttributeAccessIssue]
     model = nn.ModuleDict({"linear": linear})
     x = torch.randn(tokens, features).bfloat16().requires_grad_()
@@ -43,7 +47,7 @@ def step(policy: str, shape: tuple[int, int, int], wgrad: str, pack: bool = True
         tree = load_policy(policy)
         tree = Policy(tree.schemes, (Rule("*", tree.rules[0].use),))
         config = PrecisionConfig(policy=policy, wgrad_output="fp32" if wgrad == "fp32" else "bf16", pack_saved=pack)
-        facts = RunFacts(seed=0, steps=10, tokens_per_step=tokens, swap_all=True)
+        facts = RunFacts(seed=0, steps=10, tokens_per_step=tokens, gemm_dtype=gemm_dtype, swap_all=True)
         precision = Precision(model, tree, config, facts)
 
     def run() -> None:
@@ -89,16 +93,20 @@ def main() -> None:
     options = made.parse_args()
     keep_memory()
     torch.set_num_threads(options.threads)
-    figures: dict[str, float | int | str] = {"threads": options.threads}
+    gemm_dtype = faster_gemm(torch.bfloat16, torch.device("cpu"))
+    figures: dict[str, float | int | str] = {"threads": options.threads, "gemm_dtype": str(gemm_dtype)}
     for suffix, shape in SHAPES.items():
-        variants = {"bf16": step("bf16", shape, "bf16"), "bf16_fp32_wgrad": step("bf16", shape, "fp32")}
+        variants = {
+            "bf16": step("bf16", shape, gemm_dtype),
+            "bf16_fp32_wgrad": step("bf16", shape, gemm_dtype, "fp32"),
+        }
         for policy in POLICIES:
-            variants[policy] = step(policy, shape, "bf16")
-            variants[f"{policy}_unpacked"] = step(policy, shape, "bf16", pack=False)
-            variants[f"{policy}_fp32_wgrad"] = step(policy, shape, "fp32")
+            variants[policy] = step(policy, shape, gemm_dtype)
+            variants[f"{policy}_unpacked"] = step(policy, shape, gemm_dtype, pack=False)
+            variants[f"{policy}_fp32_wgrad"] = step(policy, shape, gemm_dtype, "fp32")
         if not suffix:
-            variants["mxfp8_plain"] = step("mxfp8", shape, "bf16")
-            variants["nvfp4_plain"] = step("nvfp4", shape, "bf16")
+            variants["mxfp8_plain"] = step("mxfp8", shape, gemm_dtype)
+            variants["nvfp4_plain"] = step("nvfp4", shape, gemm_dtype)
         seconds = minimum(variants, options.repetitions)
         figures[f"bf16_ms{suffix}"] = 1e3 * seconds["bf16"]
         for name in variants:

@@ -1,6 +1,7 @@
 """A training step of bf16_10m on all cores: tokens/s, MFU against the measured BF16 GEMM peak, share of time in GEMMs.
 
     python -m bench.step [--steps 12] [--json FILE|-] [section.key=value ...]
+    python -m bench.step --recipes bf16_10m mxfp8_10m nvfp4_10m     each as it runs, times over the first one's
 
 Three variants, each in a process of its own because an allocator's setting cannot be taken back: eager with glibc's
 default allocator, eager with memory kept (run/environment.py: keep_memory), and compiled with memory kept, which is
@@ -55,16 +56,28 @@ def measure(recipe_name: str, overrides: list[str], steps: int, compiled: bool, 
             }
 
 
-def measure_apart(options: argparse.Namespace, name: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "bench.step", "--child", name, "--steps", str(options.steps)]
-    command += ["--recipe", options.recipe, *options.overrides]
+def measure_apart(options: argparse.Namespace, recipe: str, variant: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "bench.step", "--child", variant, "--steps", str(options.steps)]
+    command += ["--recipe", recipe, *options.overrides]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(options: argparse.Namespace) -> dict[str, float | int | str]:
+    """Step time of each recipe over that of the first: two rounds in turns, the faster one of each counts."""
+    rounds = [{name: measure_apart(options, name, "compiled") for name in options.recipes} for _ in range(2)]
+    figures: dict[str, float | int | str] = {}
+    for name in options.recipes:
+        best = min((each[name] for each in rounds), key=lambda result: result["step_ms"])
+        figures |= {f"{name}_{key}": best[key] for key in ("step_ms", "tokens_per_s", "mfu", "memory_gib")}
+        figures[name] = best["step_ms"] / float(figures[f"{options.recipes[0]}_step_ms"])
+    return figures
 
 
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--recipe", default="bf16_10m")
+    made.add_argument("--recipes", nargs="+", metavar="RECIPE", help="compare recipes instead of variants of one")
     made.add_argument("--steps", type=int, default=12)
     made.add_argument("--child", choices=VARIANTS, help=argparse.SUPPRESS)
     made.add_argument("overrides", nargs="*", metavar="section.key=value")
@@ -73,9 +86,12 @@ def main() -> None:
         compiled, keep = VARIANTS[options.child]
         print(json.dumps(measure(options.recipe, options.overrides, options.steps, compiled, keep)))
         return
+    if options.recipes:
+        report(compare(options), options.json)
+        return
     figures: dict[str, float | int | str] = {"recipe": options.recipe}
     for name in VARIANTS:
-        result = measure_apart(options, name)
+        result = measure_apart(options, options.recipe, name)
         figures |= {f"{name}_{key}": value for key, value in result.items()}
         figures[f"{name}_speedup"] = float(figures["eager_default_malloc_step_ms"]) / result["step_ms"]
     report(figures, options.json)

@@ -27,6 +27,7 @@ from errors import DataError, UsageError
 Documents = Literal["file", "blank", "line"]
 
 _BATCH_BYTES = 1 << 19
+_LARGEST_DOCUMENT = 256 << 20  # bytes of a text file that is one document: it is held in memory whole
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _TEXT_SUFFIXES = (".txt", ".text", ".md", "")
 _COMPRESSED = (".xz", ".gz", ".zst")
@@ -123,7 +124,7 @@ def read_records(path: Path, documents: Documents, key: str) -> Iterator[Records
     offset, first, size = 0, 1, 0
     with open(path, "rb") as disk:
         try:
-            for raw in _pieces(_decompressed(path, disk), "line" if kind == "json" else documents):
+            for raw in _pieces(_decompressed(path, disk), "line" if kind == "json" else documents, path):
                 batch.append(raw)
                 size += len(raw)
                 if size >= _BATCH_BYTES:
@@ -148,13 +149,24 @@ def read_texts(paths: Iterable[Path], documents: Documents, key: str) -> Iterato
             yield from records.texts(key)
 
 
-def _pieces(stream: io.BufferedIOBase | BinaryIO, documents: Documents) -> Iterator[bytes]:
+def _whole(stream: io.BufferedIOBase | BinaryIO, path: Path) -> bytes:
+    """A file that is one document. Raises UsageError for one that memory should not have to hold."""
+    text = stream.read(_LARGEST_DOCUMENT + 1)
+    if len(text) > _LARGEST_DOCUMENT:
+        raise UsageError(
+            f"{path} as one document is larger than {_LARGEST_DOCUMENT >> 20} MiB; say what a document is: "
+            "data.documents=blank (separated by blank lines) or line, --documents for data.prepare"
+        )
+    return text
+
+
+def _pieces(stream: io.BufferedIOBase | BinaryIO, documents: Documents, path: Path) -> Iterator[bytes]:
     """Cut a stream into documents without losing a byte."""
     if documents == "line":
         yield from stream
         return
     if documents == "file":
-        yield stream.read()
+        yield _whole(stream, path)
         return
     piece: list[bytes] = []
     filled = ended = False

@@ -156,6 +156,26 @@ class Update:
                     states[key] = tensor
         return states
 
+    @property
+    def measured(self) -> bool:
+        """Whether updates can be lost: weights, or their masters, are written in BF16."""
+        return self.master in ("bf16", "none")
+
+    def sums_length(self, shape: tuple[int, ...]) -> int:
+        """Length of what `sums` returns for a tensor of `shape`; 0: nothing."""
+        return math.prod(shape[:-1]) + shape[-1] if self.factored(shape) else 0
+
+    def statistics_length(self, shape: tuple[int, ...]) -> int:
+        """Length of what `statistics` returns for a tensor of `shape`; 0: nothing."""
+        return sum(_statistics_length(how, shape) for how in self.codecs(shape).values())
+
+    @torch.no_grad()
+    def set_weights(
+        self, extent: Extent, tensors: Mapping[str, Tensor], values: Tensor, statistics: Tensor | None = None
+    ) -> None:
+        """Store FP32 values [count] as the master; statistics: those of `weight_codec`, reduced over all holders."""
+        self.weight_codec.encode(values, extent, _state(tensors, "weight"), statistics, None)
+
     def weights(self, extent: Extent, tensors: Mapping[str, Tensor]) -> Tensor:
         """What the master holds, FP32 [count]."""
         return self.weight_codec.decode(_state(tensors, "weight"), extent)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from errors import UsageError
 from lowprec.linear import LowPrecisionLinear, Shared
 from lowprec.philox import StepContext
-from lowprec.policy import Phase, Policy, PrecisionConfig, Slots, describe, table_to_dict
+from lowprec.policy import GEMMS, Phase, Policy, PrecisionConfig, Slots, describe, table_to_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,9 @@ class Precision:
     def __init__(self, model: nn.Module, policy: Policy, config: PrecisionConfig, facts: RunFacts) -> None:
         linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         blocks = 1 + max((int(name.split(".")[1]) for name in linears if name.startswith("layers.")), default=-1)
+        if config.bf16_first + config.bf16_last > blocks:
+            asked = f"precision.bf16_first {config.bf16_first} and bf16_last {config.bf16_last}"
+            raise UsageError(f"{asked} exceed the model's {blocks} blocks; keep fewer in BF16")
         policy = policy.with_bf16_blocks(config.bf16_first, config.bf16_last)
         self.tables = [(0, policy.resolve(list(linears), blocks))]
         for phase in config.schedule:
@@ -58,9 +61,8 @@ class Precision:
         )
         self._table = self.tables[0][1]
         # A linear that is quantized in any phase is swapped; the others stay what they are.
-        wanted = {
-            name for _, table in self.tables for name, slots in table.items() if slots.quantized or facts.swap_all
-        }
+        swap_all = facts.swap_all or self.shared.wgrad_dtype == torch.float32
+        wanted = {name for _, table in self.tables for name, slots in table.items() if slots.quantized or swap_all}
         self.layers = {name: _swap(model, name, linears[name], self._table[name], self.shared) for name in wanted}
         if problems := [line for name, layer in self.layers.items() for line in _shape_problems(name, layer)]:
             raise UsageError("\n".join(["the precision policy does not fit the model:", *problems]))
@@ -115,9 +117,19 @@ class Precision:
         """GEMMs run so far, "fprop e4m3 (fused) x e4m3 (fused) in bfloat16" -> how many."""
         return {f"{gemm} {a} x {b} in {product}": n for (gemm, a, b, product), n in sorted(self.shared.counts.items())}
 
+    def unquantized(self) -> list[str]:
+        """Linears that stay the model's own in every phase, and so are in no receipt."""
+        return [name for name in self.tables[0][1] if name not in self.layers]
+
+    def check_ran(self) -> None:
+        """After a training step: every swapped linear ran its three GEMMs here. RuntimeError names one that did not."""
+        if idle := {name: sorted(set(GEMMS) - layer.ran) for name, layer in self.layers.items() if len(layer.ran) < 3}:
+            raise RuntimeError(f"linears of the precision table whose GEMMs ran elsewhere or not at all: {idle}")
+
     def table(self) -> dict[str, object]:
-        """JSON-able: the resolved slots of every linear, for each phase by its first step."""
-        return {str(begin): table_to_dict(table) for begin, table in self.tables}
+        """JSON-able: the resolved slots of every linear, for each phase by its first step, and the wgrad output."""
+        phases = {str(begin): table_to_dict(table) for begin, table in self.tables}
+        return {"phases": phases, "wgrad_output": str(self.shared.wgrad_dtype).removeprefix("torch.")}
 
     def describe(self) -> str:
         """The table of the first phase, and when others begin."""

@@ -19,11 +19,11 @@ zeros has scale 0 and decodes to 0; torchao's floor of 1e-12 is kept for FP8 onl
 would be larger than the moments of small gradients. When amax is 0, or not finite, a tensor's power-of-two scale
 stays what it was (MS-AMP).
 
-A state belongs to a fragment: the elements [offset, offset + count) of the row-major flattened logical tensor, offset
-a multiple of 256, so that blocks, counted from the tensor's start, end within it or at the tensor's end. The first
-nibble of a byte is the low one. Rows and columns are those of the matrix of the last dimension. What a scale needs of
-the whole tensor is `statistics`, MAX-reduced over its holders before `encode`. Values must be finite: the caller
-skips other steps.
+A state belongs to a fragment: the elements [offset, offset + count) of the row-major flattened logical tensor. Codecs
+of blocks want it aligned: offset and end multiples of 256 (or the tensor's end), so that no block, counted from the
+tensor's start, is cut. The first nibble of a byte is the low one. Rows and columns are those of the matrix of the last
+dimension. What a scale needs of the whole tensor is `statistics`, MAX-reduced over its holders before `encode`. Values
+must be finite: the caller skips other steps.
 """
 
 from __future__ import annotations
@@ -59,12 +59,17 @@ class Extent:
 
     def __post_init__(self) -> None:
         end = self.offset + self.count
-        assert 0 <= self.offset < end <= self.numel and self.offset % UNIT == 0, self
-        assert end % UNIT == 0 or end == self.numel, self
+        assert 0 <= self.offset < end <= self.numel, self
 
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> Extent:
         return cls(tuple(shape), 0, math.prod(shape))
+
+    @property
+    def aligned(self) -> bool:
+        """Whether it begins and ends on units, or with the tensor."""
+        end = self.offset + self.count
+        return self.offset % UNIT == 0 and (end % UNIT == 0 or end == self.numel)
 
     @property
     def numel(self) -> int:
@@ -92,8 +97,9 @@ class Extent:
     def uniform(self, key: RandomKey) -> Tensor:
         """16 random bits of each element, int32 [count] on the CPU; a function of the key and the global index."""
         assert key.row == 0 and key.column == 0, key
-        rows = -(-self.count // UNIT)
-        return random_bits(replace(key, row=self.offset // UNIT), rows, UNIT, 16).reshape(-1)[: self.count]
+        first, lead = divmod(self.offset, UNIT)
+        rows = -(-(lead + self.count) // UNIT)
+        return random_bits(replace(key, row=first), rows, UNIT, 16).reshape(-1)[lead : lead + self.count]
 
 
 @dataclass(frozen=True)
@@ -250,6 +256,15 @@ class Coded(Codec):
 
     def parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
         return {"codes": Part(torch.uint8, 8 // self.bits)} | self._scale_parts(shape)
+
+    def allocate(self, extent: Extent, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        if not extent.aligned:
+            raise UsageError(
+                f"{self.name} keeps blocks of {self.block}, but a rank holds elements {extent.offset} to "
+                f"{extent.offset + extent.count} of a tensor of shape {list(extent.shape)}, which cut one (ZeRO stage "
+                f"3 cuts into equal slices); use zero.stage 1 or 2, another number of ranks, or fp32"
+            )
+        return super().allocate(extent, device)
 
     def _scale_parts(self, shape: tuple[int, ...]) -> dict[str, Part]:
         return {"scale": Part(torch.float32, self.block)}

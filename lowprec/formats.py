@@ -289,4 +289,24 @@ def resolve_spec(spec: str | QuantSpec, **options: Any) -> QuantSpec:
         raise UsageError(
             f"unknown option {', '.join(sorted(unknown))}; use {', '.join(field.name for field in fields(QuantSpec))}"
         )
+    for key, value in options.items():
+        wanted = _OPTION_TYPES.get(key)
+        if wanted and (not isinstance(value, wanted) or isinstance(value, bool) and bool not in wanted):
+            raise UsageError(f"option {key} is {value!r}; it must be {' or '.join(kind.__name__ for kind in wanted)}")
     return replace(spec, **options) if options else spec
+
+
+# The options whose values are not names, which QuantSpec.problems checks against their lists.
+_OPTION_TYPES: Mapping[str, tuple[type, ...]] = MappingProxyType(
+    {
+        "element": (str,),
+        "block": (str, tuple, list),
+        "two_level": (bool,),
+        "row_amax": (bool,),
+        "random_bits": (int,),
+        "hadamard": (int,),
+        "four_over_six_max": (int,),
+        "three_quarters": (bool,),
+        "amax_history": (int,),
+    }
+)

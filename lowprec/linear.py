@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from errors import UsageError
 from lowprec import dispatch
 from lowprec.delayed import DelayedScale
 from lowprec.formats import QuantSpec
@@ -72,6 +73,7 @@ class LowPrecisionLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self.name, self.shared = name, shared
         self.delayed: dict[str, DelayedScale] = {}
+        self.ran: set[str] = set()  # its GEMMs that have run at least once
         self._copies: dict[str, Operand] = {}
         self.use(slots)
 
@@ -82,8 +84,15 @@ class LowPrecisionLinear(nn.Module):
             f"{gemm}.{side}": getattr(getattr(slots, gemm), side) for gemm in GEMMS for side in ("a", "b")
         }
         for slot, spec in self.specs.items():
-            if spec is not None and spec.amax_history and SLOT_AXES[slot][0] not in self.delayed:
-                self.delayed[SLOT_AXES[slot][0]] = DelayedScale(spec, device=self.weight.device)
+            if spec is not None and spec.amax_history:
+                kind = SLOT_AXES[slot][0]
+                state = self.delayed.setdefault(kind, DelayedScale(spec, device=self.weight.device))
+                if (spec.element, spec.hadamard) != (state.spec.element, state.spec.hadamard):
+                    raise UsageError(
+                        f"{self.name}: delayed scaling keeps one amax history of {kind}, but {slot} quantizes it to "
+                        f"{spec.element} (hadamard {spec.hadamard}) and another slot to {state.spec.element} "
+                        f"(hadamard {state.spec.hadamard}); give both slots the same format"
+                    )
         self._copies.clear()
 
     def extra_repr(self) -> str:
@@ -91,7 +100,7 @@ class LowPrecisionLinear(nn.Module):
 
     @torch.compiler.disable  # the step and the caches are Python state; the rest of a block is compiled around it
     def forward(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.weight, self.bias, self)
+        return _Linear.apply(x, self.weight, self.bias, self, torch.is_grad_enabled())
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -109,14 +118,15 @@ class LowPrecisionLinear(nn.Module):
             return self._copies["fprop.b"]
         return self.operand(slot, self.weight.detach(), self.shared.position)
 
-    def operand(self, slot: str, matrix: Tensor, position: StepContext) -> Operand:
-        """Quantize and decode a matrix for its slot."""
+    def operand(self, slot: str, matrix: Tensor, position: StepContext, *, training: bool = True) -> Operand:
+        """Quantize and decode a matrix for its slot; what is seen outside training enters no amax history."""
         spec, (kind, axis) = self.specs[slot], SLOT_AXES[slot]
         if spec is None:
             return Operand(matrix, None, None)
         key = position.key(self.name, slot, tokens=kind != "w")
-        found = dispatch.operand(matrix, spec, axis, key, self._encode_scale(kind, spec), _dtype(spec))
-        self._record(kind, spec, found.amax)
+        found = dispatch.operand(matrix, spec, axis, key, self._encode_scale(kind, spec), self.decoded(spec))
+        if training:
+            self._record(kind, spec, found.amax)
         return found
 
     def pack(self, slot: str, matrix: Tensor, position: StepContext) -> QuantizedTensor:
@@ -127,6 +137,10 @@ class LowPrecisionLinear(nn.Module):
         packed = dispatch.quantize(matrix, spec, axis, key, self._encode_scale(kind, spec))
         self._record(kind, spec, packed.amax)
         return packed
+
+    def decoded(self, spec: QuantSpec) -> torch.dtype:
+        """Of an operand's numbers: what its GEMM multiplies in, if it holds them exactly."""
+        return self.shared.gemm_dtype if spec.exact_in_bf16 else torch.float32
 
     def _encode_scale(self, kind: str, spec: QuantSpec) -> Tensor | None:
         return self.delayed[kind].scale if spec.amax_history else None
@@ -143,6 +157,7 @@ class LowPrecisionLinear(nn.Module):
             spec, axis = self.specs[f"{gemm}.{side}"], SLOT_AXES[f"{gemm}.{side}"][1]
             words.append("high" if spec is None else f"{spec.element} ({dispatch.path(spec, axis, *place)})")
         self.shared.counts[gemm, words[0], words[1], product] += 1
+        self.ran.add(gemm)
 
 
 def _same_both_ways(specs: dict[str, QuantSpec | None]) -> bool:
@@ -155,24 +170,29 @@ def _same_both_ways(specs: dict[str, QuantSpec | None]) -> bool:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layer: LowPrecisionLinear) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, layer: LowPrecisionLinear, training: bool
+    ) -> Tensor:
         shared, matrix = layer.shared, x.reshape(-1, layer.in_features)
         ctx.layer, ctx.position, ctx.shape = layer, shared.position, x.shape
         ctx.deferred, ctx.has_bias = shared.deferred, bias is not None
-        a, b = layer.operand("fprop.a", matrix, shared.position), layer.weight_operand("fprop.b")
+        a = layer.operand("fprop.a", matrix, shared.position, training=training)
+        b = layer.weight_operand("fprop.b")
         y = _gemm(layer, "fprop", a, b, bias)
         ctx.packed = None
-        if weight.requires_grad and layer.specs["wgrad.b"] is not None and shared.pack_saved:
+        if not (training and weight.requires_grad):
+            return y.view(*x.shape[:-1], layer.out_features)
+        if layer.specs["wgrad.b"] is not None and shared.pack_saved:
             packed = layer.pack("wgrad.b", matrix, shared.position)
             # Tensors go through save_for_backward, so that activation recomputation can drop them.
             ctx.packed = replace(packed, codes=torch.empty(0), scales=torch.empty(0), amax=None)
             ctx.save_for_backward(packed.codes, packed.scales, packed.amax)
-        elif weight.requires_grad:
+        else:
             ctx.save_for_backward(*layer.operand("wgrad.b", matrix, shared.position))
         return y.view(*x.shape[:-1], layer.out_features)
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         layer: LowPrecisionLinear = ctx.layer
         dy = gradients[0].reshape(-1, layer.out_features)
         dx = dw = db = None
@@ -187,7 +207,7 @@ class _Linear(torch.autograd.Function):
                 x = Operand(*saved)
                 if packed is not None:
                     whole = replace(packed, codes=saved[0], scales=saved[1], amax=saved[2])
-                    x = dispatch.decode(whole, _dtype(packed.spec), layer.weight.dtype)
+                    x = dispatch.decode(whole, layer.decoded(packed.spec), layer.weight.dtype)
                 return _gemm(layer, "wgrad", layer.operand("wgrad.a", dy, position), x)
 
             if ctx.deferred is None:
@@ -196,11 +216,7 @@ class _Linear(torch.autograd.Function):
                 ctx.deferred.append((layer.weight, weight_gradient))
         if ctx.has_bias and ctx.needs_input_grad[2]:
             db = dy.sum(0, dtype=torch.float32)
-        return dx, dw, db, None
-
-
-def _dtype(spec: QuantSpec) -> torch.dtype:
-    return torch.bfloat16 if spec.exact_in_bf16 else torch.float32
+        return dx, dw, db, None, None
 
 
 def _gemm(layer: LowPrecisionLinear, gemm: str, a: Operand, b: Operand, bias: Tensor | None = None) -> Tensor:

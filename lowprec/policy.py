@@ -100,6 +100,14 @@ class PrecisionConfig:
             for key in ("bf16_first", "bf16_last")
             if getattr(self, key) < 0
         ]
+        if self.policy == HIGH:
+            found += [
+                f"{key} is set, but policy {HIGH} quantizes nothing that it could apply to; choose a policy, or drop it"
+                for key in ("bf16_first", "bf16_last", "schedule")
+                if getattr(self, key)
+            ]
+            if not self.pack_saved:
+                found.append(f"pack_saved is false, but policy {HIGH} packs nothing; choose a policy, or drop it")
         for index, phase in enumerate(self.schedule):
             if (phase.start is None) == (phase.tokens is None):
                 found.append(f"schedule[{index}] needs either start or tokens")
@@ -140,16 +148,18 @@ class Policy:
         """{name of a linear: its slots}. Raises UsageError for a gap, a dead rule or an unknown scheme."""
         if unknown := sorted({rule.use for rule in self.rules} - self.schemes.keys()):
             raise UsageError(f"precision rules use unknown schemes {unknown}; there are {sorted(self.schemes)}")
-        used: set[Rule] = set()
+        used: set[int] = set()
         table: dict[str, Slots] = {}
         for name in names:
-            rule = next((rule for rule in self.rules if rule.covers(name, num_blocks)), None)
-            if rule is None:
+            found = next((i for i, rule in enumerate(self.rules) if rule.covers(name, num_blocks)), None)
+            if found is None:
                 raise UsageError(f"no precision rule covers {name!r}; end the list with match: '*'")
-            used.add(rule)
-            table[name] = self.schemes[rule.use]
-        # "*" is for the rest, which may be nothing; every other rule was meant for something.
-        if dead := [str(asdict(rule)) for rule in self.rules if rule not in used and rule.match != "*"]:
+            used.add(found)
+            table[name] = self.schemes[self.rules[found].use]
+        # A last "*" is for the rest, which may be nothing; every other rule was meant for something.
+        rests = [rule for rule in self.rules if rule.match == "*" and rule.first is None and rule.last is None]
+        meant = self.rules[:-1] if len(rests) == 1 and rests[0] is self.rules[-1] else self.rules
+        if dead := [str(asdict(rule)) for i, rule in enumerate(meant) if i not in used]:
             raise UsageError(f"precision rules that reach no linear (mend or delete them): {'; '.join(dead)}")
         return table
 
@@ -202,6 +212,9 @@ def parse(tree: Any, source: str) -> Policy:
         _only(rule, {"match", "use", "first", "last"}, where)
         if not {"match", "use"} <= rule.keys():
             raise UsageError(f"{where} needs match and use")
+        for key, kind in (("match", str), ("use", str), ("first", int), ("last", int)):
+            if type(rule.get(key)) not in (kind, type(None)):
+                raise UsageError(f"{where}.{key} is {rule[key]!r}; it must be {kind.__name__}")
         rules.append(Rule(**rule))
     return Policy(schemes, tuple(rules))
 
@@ -245,13 +258,13 @@ def describe(table: Mapping[str, Slots]) -> str:
     lines = []
     for scheme, slots in {slots.scheme: slots for slots in table.values()}.items():
         names = [name for name, each in table.items() if each.scheme == scheme]
-        lines.append(f"{scheme}: {len(names)} of {len(table)} linears: {_brief(names)}")
+        lines.append(f"{scheme}: {len(names)} of {len(table)} linears: {brief(names)}")
         if slots.quantized:
             lines += [f"    {gemm}  a {_words(g.a)}  b {_words(g.b)}" for gemm in GEMMS for g in [getattr(slots, gemm)]]
     return "\n".join(lines)
 
 
-def _brief(names: Iterable[str]) -> str:
+def brief(names: Iterable[str]) -> str:
     """layers.0.mlp.down, layers.1.mlp.down, lm_head -> layers.{0-1}.mlp.down, lm_head."""
     blocks: dict[str, list[int]] = {}
     for name in names:
@@ -277,7 +290,10 @@ def _words(spec: QuantSpec | None) -> str:
     words = [spec.element, f"{spec.scale}/{block}"]
     words += [spec.scale_rule] if spec.scale_rule != "amax" else []
     words += [spec.rounding] if spec.rounding != "nearest" else []
-    words += [f"hadamard{spec.hadamard}"] if spec.hadamard else []
+    words += [f"{spec.random_bits} bits"] if spec.rounding == "stochastic" and spec.random_bits != 8 else []
+    words += [f"hadamard{spec.hadamard} {spec.signs} signs"] if spec.hadamard else []
+    words += ["3/4"] if spec.three_quarters else []
+    words += ["an amax a line"] if spec.row_amax else []
     words += [f"4over6 {spec.four_over_six}"] if spec.four_over_six else []
     words += [f"history {spec.amax_history}"] if spec.amax_history else []
     return " ".join(words)

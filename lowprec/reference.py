@@ -216,7 +216,7 @@ def _quantized(x: Tensor, spec: QuantSpec, axis: Axis, inputs: Inputs, finish: F
     return _Rounded(blocks, raw, decode, whole, (rows, cols))
 
 
-def _checked(
+def checked(
     x: Tensor,
     spec: str | QuantSpec,
     axis: int,
@@ -225,7 +225,7 @@ def _checked(
     encode_scale: Tensor | None,
     options: dict[str, Any],
 ) -> tuple[QuantSpec, Axis, Inputs]:
-    """Resolve and check what the user gave."""
+    """Resolve and check what the user gave; raises UsageError."""
     resolved = resolve_spec(spec, **options)
     if x.ndim != 2 or x.numel() == 0 or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise UsageError(
@@ -268,7 +268,7 @@ def quantize(
 
     Raises UsageError for a wrong spec, shape, dtype or missing seed.
     """
-    resolved, along, inputs = _checked(x, spec, axis, seed, amax, encode_scale, options)
+    resolved, along, inputs = checked(x, spec, axis, seed, amax, encode_scale, options)
     rounded = _quantized(x.detach(), resolved, along, inputs, lambda y, _: encode(y, resolved.format))
     codes = _from_blocks(rounded.blocks, rounded.shape)
     raw, whole = rounded.raw, rounded.amax
@@ -299,7 +299,7 @@ def operand(
 
     Raises UsageError as `quantize`, and where `dtype` cannot hold the values.
     """
-    resolved, along, inputs = _checked(x, spec, axis, seed, amax, encode_scale, options)
+    resolved, along, inputs = checked(x, spec, axis, seed, amax, encode_scale, options)
     check_operand_dtype(resolved, dtype)
     scaled = not in_epilogue(resolved)
 

@@ -5,10 +5,10 @@
         meta.json                        step, number of ranks, logical shapes, and what the run wants to find again
         manifest.json                    size and SHA-256 of every file above, written last
 
-Keys are `<kind>/<parameter>` ("weight/layers.0.attention.qkv.weight", "exp_avg/...") and, for what belongs to a
-rank rather than to the model, `rng/<kind>/<rank>`. Only tensors go through DCP; everything else is JSON; nothing
-is unpickled without restriction (dcp_index.py). Because a key speaks of the whole logical tensor, a checkpoint does not
-depend on the ZeRO stage or on the number of ranks that saved it.
+Keys are `<kind>/<parameter>` ("weight/layers.0.attention.qkv.weight", "exp_avg.codes/...") and, for what belongs to a
+rank rather than to the model (states of generators, residuals of error feedback), `own/<kind>/<rank>`. Only tensors go
+through DCP; everything else is JSON; nothing is unpickled without restriction (dcp_index.py). Because a key speaks of
+the whole logical tensor, a checkpoint does not depend on the ZeRO stage or on the number of ranks that saved it.
 
 Saving is three agreements of all ranks (agree.py): the directory is there; the data is written; every file is
 synced and hashed and the directory renamed. Until the last rename the older checkpoints and the pointer are as
@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,11 +39,12 @@ from parallel import catalog, dcp
 from parallel.agree import Ranks
 from parallel.dcp_index import INDEX_FILE, read_index, tensors
 from parallel.manifest import FileRecord, read_manifest, seal, share, to_json, verify, write_manifest, write_text
+from parallel.rectangles import stored_shape
 
 log = logging.getLogger(__name__)
 
 META_FILE = "meta.json"
-RNG = "rng"
+OWN = "own"
 WEIGHT = "weight"
 
 
@@ -79,6 +81,8 @@ class Fragment(Protocol):
     offset: first element of the part in the row-major flattened parameter.
     tensors: kind ("weight": the master if there is one, "exp_avg", ...) -> contiguous vector of the part's elements.
         `save` reads these tensors and `load` writes into them: they are views of live memory.
+    per: kind -> elements of the parameter for each item of its vector, where that is not 1: the vector then belongs to
+        one of ceil(elements / per) items, or with 0 it is a whole one, which every holder of the parameter has.
     """
 
     @property
@@ -89,6 +93,8 @@ class Fragment(Protocol):
     def offset(self) -> int: ...
     @property
     def tensors(self) -> Mapping[str, Tensor]: ...
+    @property
+    def per(self) -> Mapping[str, int]: ...
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ def save(
     fragments: Sequence[Fragment],
     meta: dict[str, Any],
     *,
-    rng: Mapping[str, Tensor] | None = None,
+    own: Mapping[str, Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
     keep: int = 3,
 ) -> Path:
@@ -118,7 +124,7 @@ def save(
     fragments: this rank's; over all ranks they hold every element once, or all ranks hold the same ones, which are
         then written once, spread over the ranks.
     meta: JSON-able, the same on all ranks (that of rank 0 is written).
-    rng: kind -> state of a generator of this rank, the same kinds on all ranks.
+    own: kind -> tensor of this rank alone, e.g. a generator's state; the same kinds on all ranks.
     keep: older checkpoints beyond this number are deleted afterwards.
 
     Raises CheckpointError on every rank if any rank fails; older checkpoints and the pointer are then untouched.
@@ -130,7 +136,7 @@ def save(
     state: dcp.State = {}
 
     def gather() -> dict[str, tuple[int, ...]]:
-        state.update(_state(fragments) | _rng_state(rng or {}, ranks.rank))
+        state.update(_state(fragments) | _own_state(own or {}, ranks.rank))
         return {fragment.name: tuple(fragment.shape) for fragment in fragments}
 
     def prepare(per_rank: list[dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
@@ -158,14 +164,21 @@ def _state(fragments: Sequence[Fragment]) -> dcp.State:
     state: dcp.State = {}
     for fragment in fragments:
         for kind, tensor in fragment.tensors.items():
-            shards = state.setdefault(f"{kind}/{fragment.name}", dcp.Shards(tuple(fragment.shape)))
-            shards.add(tensor, fragment.offset)
+            shape, offset = tuple(fragment.shape), fragment.offset
+            if (per := fragment.per.get(kind, 1)) != 1:
+                shape, offset = _counted(shape, per, tensor), offset // per if per else 0
+            state.setdefault(f"{kind}/{fragment.name}", dcp.Shards(shape)).add(tensor, offset)
     return state
 
 
-def _rng_state(rng: Mapping[str, Tensor], rank: int) -> dcp.State:
-    """The generator states of this rank, keyed as in the checkpoint."""
-    return {f"{RNG}/{kind}/{rank}": _whole(tensor) for kind, tensor in rng.items()}
+def _counted(shape: tuple[int, ...], per: int, tensor: Tensor) -> tuple[int]:
+    """Shape of the whole of a tensor that has an item for every `per` elements of a parameter of `shape`."""
+    return (-(-math.prod(shape) // per) if per else tensor.numel(),)
+
+
+def _own_state(own: Mapping[str, Tensor], rank: int) -> dcp.State:
+    """What belongs to this rank alone, keyed as in the checkpoint."""
+    return {f"{OWN}/{kind}/{rank}": _whole(tensor) for kind, tensor in own.items()}
 
 
 def _merge(per_rank: list[dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
@@ -275,11 +288,11 @@ def load(
     *,
     optional: frozenset[str] = frozenset(),
 ) -> dict[str, Tensor]:
-    """Fill the fragments' tensors in place; return this rank's generator states. Collective over `group`.
+    """Fill the fragments' tensors in place; return what belonged to this rank alone. Collective over `group`.
 
     The fragments need not be cut as they were when saved. Tensors of the kinds in `optional` may be missing on either
-    side: they stay as they are, or are not read. Generator states come back only if as many ranks load as saved;
-    otherwise the result is empty, a warning is logged, and the caller seeds anew.
+    side: they stay as they are, or are not read. A rank's own tensors come back only if as many ranks load as saved;
+    otherwise the result is empty, a warning is logged, and the caller begins anew.
 
     Raises CheckpointError if names, shapes or types differ, before any tensor is written.
     """
@@ -297,29 +310,32 @@ def load(
         functools.partial(_compare, checkpoint, optional),
         f"checkpoint {checkpoint.path} is of another model or optimizer",
     )
-    rng: dict[str, Tensor] = {}
+    own: dict[str, Tensor] = {}
     if ranks.size == checkpoint.saved_ranks:
-        rng = _empty(checkpoint, lambda key: key.startswith(f"{RNG}/") and key.endswith(f"/{ranks.rank}"))
+        own = _empty(checkpoint, lambda key: key.startswith(f"{OWN}/") and key.endswith(f"/{ranks.rank}"))
     elif ranks.rank == 0:
         log.warning(
-            "the checkpoint holds random states of %d ranks, this run has %d: they are seeded anew",
+            "the checkpoint holds random states and residuals of %d ranks, this run has %d: they begin anew",
             checkpoint.saved_ranks,
             ranks.size,
         )
-    dcp.read(checkpoint.path, checkpoint.index, state | {key: _whole(tensor) for key, tensor in rng.items()}, ranks)
-    return {key.split("/")[1]: tensor for key, tensor in rng.items()}
+    dcp.read(checkpoint.path, checkpoint.index, state | {key: _whole(tensor) for key, tensor in own.items()}, ranks)
+    return {key.split("/")[1]: tensor for key, tensor in own.items()}
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """All weights of the verified checkpoint `path` (or of a run's newest), by name, as logical CPU tensors.
 
-    Types are as stored: FP32 where the run had master weights. Not collective: this process reads everything.
-    Raises CheckpointError.
+    Types are as stored, FP32 where the run had FP32 masters; scaled FP16 masters come back as FP32. Not collective:
+    this process reads everything. Raises CheckpointError.
     """
     checkpoint = _open(locate(Path(path)), Ranks())
-    weights = _empty(checkpoint, lambda key: key.startswith(f"{WEIGHT}/"))
-    dcp.read(checkpoint.path, checkpoint.index, {key: _whole(t) for key, t in weights.items()}, Ranks())
-    by_name = {key.removeprefix(f"{WEIGHT}/"): tensor for key, tensor in weights.items()}
+    stored = _empty(checkpoint, lambda key: key.startswith((f"{WEIGHT}/", f"{WEIGHT}.scale/")))
+    dcp.read(checkpoint.path, checkpoint.index, {key: _whole(t) for key, t in stored.items()}, Ranks())
+    by_name = {key.removeprefix(f"{WEIGHT}/"): t for key, t in stored.items() if key.startswith(f"{WEIGHT}/")}
+    for name in by_name:
+        if (scale := stored.get(f"{WEIGHT}.scale/{name}")) is not None:
+            by_name[name] = by_name[name].float() * scale
     return {name: tensor.view(checkpoint.shapes[name]) for name, tensor in by_name.items()}
 
 
@@ -361,9 +377,9 @@ def _compare(
     """Raise CheckpointError listing where saved and live tensors (of all ranks) differ."""
     live = {key: entry for table in per_rank for key, entry in table.items()}
     saved = {
-        key: (checkpoint.shapes.get(key.split("/", 1)[1]), entry.properties.dtype)
+        key: (_logical(checkpoint, key, tuple(entry.size)), entry.properties.dtype)
         for key, entry in tensors(checkpoint.index).items()
-        if not key.startswith(f"{RNG}/") and (key in live or key.split("/")[0] not in optional)
+        if not key.startswith(f"{OWN}/") and (key in live or key.split("/")[0] not in optional)
     }
     differing = sorted(key for key in live.keys() | saved.keys() if live.get(key) != saved.get(key))
     if not differing:
@@ -371,6 +387,12 @@ def _compare(
     lines = [f"{key}: saved {_brief(saved.get(key))}, needed {_brief(live.get(key))}" for key in differing[:5]]
     more = [f"... and {len(differing) - 5} more"] if differing[5:] else []
     raise CheckpointError("\n  ".join([f"{len(differing)} tensors differ", *lines, *more]))
+
+
+def _logical(checkpoint: Checkpoint, key: str, size: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a stored size stands for: the parameter's, unless the tensor counts something else."""
+    shape = checkpoint.shapes.get(key.split("/", 1)[1])
+    return shape if shape is not None and stored_shape(shape) == size else size
 
 
 def _brief(entry: tuple[tuple[int, ...] | None, torch.dtype] | None) -> str:

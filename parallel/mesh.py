@@ -39,7 +39,7 @@ class ParallelConfig:
             elif degree > 1:
                 found.append(f"{key} is {degree}; only 1 is built so far, set parallel.{key}=1")
         if self.sp and self.tp == 1:
-            found.append("parallel.sp is true with parallel.tp 1; sequence parallelism needs a tensor-parallel group")
+            found.append("sp is true with parallel.tp 1; sequence parallelism needs a tensor-parallel group")
         if self.timeout_s < 1:
             found.append(f"timeout_s is {self.timeout_s}; it must be at least 1 second")
         return found

@@ -89,6 +89,14 @@ def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     return Peak(flops, f"measured {kind} GEMM on {where}", guessed=device.type == "cuda")
 
 
+def faster_gemm(model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """`model_dtype`, but FP32 where a short measurement finds BF16 GEMMs clearly slower (CPUs without BF16 units)."""
+    if device.type == "cuda" or model_dtype != torch.bfloat16:
+        return model_dtype
+    faster = measure_gemm(device, torch.float32) > 1.5 * measure_gemm(device, torch.bfloat16)
+    return torch.float32 if faster else torch.bfloat16
+
+
 def table_row(name: str) -> tuple[float, str] | None:
     """(dense BF16 FLOP/s, source) of a GPU by name; None when unknown, or a slice (MIG) of one."""
     if "MIG" in name:

@@ -64,7 +64,9 @@ class StepRecord:
 
     loss: mean cross-entropy in nats a token over the global batch. tokens_per_s is global; tflops
     (1e12 model FLOP/s) and mfu (fraction of the peak; None when the peak is wrong) are per device.
-    nan: the loss or the gradient was not finite; skipped: the weights were not updated.
+    nan: the loss or the gradient was not finite; skipped: the weights were not updated. sent_bytes: of gradients and
+    updated weights, by rank 0. edq (effective descent quality over its ideal, Collage) and lost_updates (share of the
+    weights that should have moved and did not) are None where weights have FP32 or scaled FP16 masters.
     """
 
     step: int
@@ -82,6 +84,9 @@ class StepRecord:
     tflops: float
     mfu: float | None
     mem_gib: float
+    sent_bytes: int = 0
+    edq: float | None = None
+    lost_updates: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

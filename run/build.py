@@ -6,6 +6,7 @@ Nothing here computes a step; train.py does. What the parts are is said in their
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,15 +19,19 @@ from torch import Tensor
 
 from data.loader import Data, open_data
 from errors import CheckpointError, UsageError
+from lowprec import kernels
 from lowprec.apply import Precision, RunFacts
-from lowprec.zero import Engine, Fragment, build_engine
+from lowprec.engine import Engine
+from lowprec.fragments import Fragment
+from lowprec.policy import HIGH
+from lowprec.zero import ZeroPlan, build_engine
 from model.init import initial_range
 from model.transformer import Transformer
 from model.weights import load_initial_weights, logical_shape, parameter_shapes
 from parallel import checkpoint
 from parallel.mesh import Mesh, build_mesh
 from recipe import Recipe, load_policy, to_dict
-from report.flops import find_peak, measure_gemm
+from report.flops import faster_gemm, find_peak
 from report.manifest import Start
 from run.environment import Launch, choose_device, join, keep_memory, use_all_cores
 from run.records import Records, Scale
@@ -50,6 +55,8 @@ def build(
     device = choose_device(recipe.device, launch)
     keep_memory()
     use_all_cores(device, launch)
+    if device.type == "cpu" and recipe.precision.policy != HIGH:
+        kernels.available()  # built now, not inside the first step
     # Before ranks wait for each other: one rank a node may tokenise for longer than a collective waits.
     data = open_data(
         recipe.data,
@@ -61,7 +68,9 @@ def build(
     join(device, launch, recipe.parallel.timeout_s)
     mesh = build_mesh(recipe.parallel)
     start = checkpoint.resolve(Path(recipe.run.dir), resume)
-    gemm_dtype = _gemm_dtype(DTYPES[recipe.model.dtype], device)
+    # A resumed run multiplies as before: another order of additions would not be bit-equal.
+    saved = start.meta.get("gemm_dtype") if start is not None and device.type == "cpu" else None
+    gemm_dtype = getattr(torch, saved) if saved else _gemm_dtype(DTYPES[recipe.model.dtype], device)
     model, precision = _build_model(recipe, device, gemm_dtype)
     engine = _build_engine(recipe, model, mesh)
     if start is None:
@@ -106,30 +115,26 @@ def _build_model(recipe: Recipe, device: torch.device, gemm_dtype: torch.dtype) 
 
 
 def _gemm_dtype(model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The model's dtype, but FP32 where a short measurement finds BF16 GEMMs clearly slower (CPUs without BF16 units).
-
-    Rank 0 decides for all, and only a clear difference counts: the two add in another order, so that a run that
-    changed its mind at a restart would no longer be bit-equal.
-    """
-    if device.type == "cuda" or model_dtype != torch.bfloat16:
-        return model_dtype
-    ratio = torch.tensor(measure_gemm(device, torch.float32) / measure_gemm(device, torch.bfloat16))
-    dist.broadcast(ratio, src=0)
-    return torch.float32 if ratio > 1.5 else torch.bfloat16
+    """`faster_gemm` as rank 0 finds it, for all ranks: they would add in another order otherwise."""
+    chosen = torch.tensor(faster_gemm(model_dtype, device) == torch.float32, dtype=torch.uint8, device=device)
+    dist.broadcast(chosen, src=0)
+    return torch.float32 if chosen else model_dtype
 
 
 def _build_engine(recipe: Recipe, model: Transformer, mesh: Mesh) -> Engine:
     train = recipe.train
-    return build_engine(
-        model,
-        recipe.zero,
-        recipe.optimizer,
+    plan = ZeroPlan(
+        zero=recipe.zero,
+        optimizer=recipe.optimizer,
+        gradients=recipe.gradients,
         micro_batch=train.micro_batch,
         accumulation=train.global_batch // (train.micro_batch * mesh.dp),
         logical_shapes={
             name: logical_shape(recipe.model, name, shape) for name, shape in parameter_shapes(recipe.model).items()
         },
+        seed=train.seed,
     )
+    return build_engine(model, plan)
 
 
 def _initial_weights(recipe: Recipe) -> Callable[[Fragment], Tensor]:
@@ -139,7 +144,7 @@ def _initial_weights(recipe: Recipe) -> Callable[[Fragment], Tensor]:
         given = load_initial_weights(Path(recipe.model.init_from), recipe.model)
 
     def values(fragment: Fragment) -> Tensor:
-        start, stop = fragment.offset, fragment.offset + fragment.tensors["weight"].numel()
+        start, stop = fragment.offset, fragment.offset + fragment.extent.count
         if given is not None:
             return given[fragment.name].flatten()[start:stop]
         return initial_range(recipe.model, recipe.train.seed, fragment.name, fragment.shape, start, stop)
@@ -173,11 +178,12 @@ def _restore(run: Run, start: checkpoint.Checkpoint | None, allow_precision_chan
             f"{start.path} was trained under another precision table ({start.meta['recipe']['precision']['policy']}, "
             f"this run {run.recipe.precision.policy}); use that recipe, or say --allow-precision-change"
         )
-    rng = checkpoint.load(start, run.fragments(), run.mesh.dp_group, optional=frozenset({AMAX}))
+    own = checkpoint.load(start, run.fragments(), run.mesh.dp_group, optional=frozenset({AMAX}))
     run.engine.updates = start.meta["updates"]
     run.engine.refresh_weights()
     run.step, run.samples = start.step, start.meta["samples"]
-    restore_random_states(rng, run.device)
+    restore_random_states(own, run.device)
+    run.engine.restore_own_states(own)
 
 
 def _open_records(run: Run, launch: Launch, start: checkpoint.Checkpoint | None, resume: str, wandb_mode: str) -> None:
@@ -192,6 +198,7 @@ def _open_records(run: Run, launch: Launch, start: checkpoint.Checkpoint | None,
         topology={"dp": run.mesh.dp, "tp": run.recipe.parallel.tp, "pp": run.recipe.parallel.pp},
     )
     run.records.open(entry, run.samples, wandb_mode)
+    (run_dir / "precision.json").write_text(json.dumps(run.precision.table(), indent=1) + "\n")
     if tokenizer := run.data.tokenizer_path:  # the run directory alone must be enough to export the model
         shutil.copyfile(tokenizer, run_dir / f"tokenizer{tokenizer.suffix}")
     if start is not None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from data.loader import SampleStream
-from lowprec.zero import Engine
+from lowprec.engine import Engine
 from parallel.mesh import Mesh
 
 

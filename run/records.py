@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,9 @@ from pathlib import Path
 import torch
 
 from errors import UserError
-from lowprec.zero import StepResult
-from recipe import Recipe, to_dict, to_yaml
+from lowprec.engine import StepResult
+from lowprec.policy import brief
+from recipe import POLICIES, Recipe, policy_file, to_dict, to_yaml
 from report.console import Console, open_console
 from report.flops import Peak, mfu
 from report.manifest import Start, record_start
@@ -82,11 +84,20 @@ class Records:
             self._refuted = True
             self._console.message(self._scale.peak.refuted_by(record.tflops * 1e12) or "")
 
-    def receipt(self, gemms: Mapping[str, int]) -> None:
-        """What the GEMMs of the first step really ran in."""
+    def receipt(self, step: int, gemms: Mapping[str, int], unquantized: Sequence[str]) -> None:
+        """What the GEMMs of this process' first step really ran in, and the linears that are not quantized at all."""
         if self._console and self._metrics:
-            self._metrics.note("receipt", 1, {"gemms": dict(gemms)})
-            self._console.message("\n".join(["GEMMs of the first step:", *(f"  {n:6d} {g}" for g, n in gemms.items())]))
+            self._metrics.note("receipt", step, {"gemms": dict(gemms), "unquantized": list(unquantized)})
+            lines = [f"  {count:6d} {gemm}" for gemm, count in gemms.items()]
+            lines += [f"  {len(unquantized)} linears not quantized: {brief(unquantized)}"] if unquantized else []
+            self._console.message("\n".join([f"GEMMs of step {step}:", *lines]))
+
+    def memory(self, step: int, held: Mapping[str, int], parameters: int) -> None:
+        """Bytes that this rank's tensors held in the first step, and those bytes a parameter of the model."""
+        if self._console and self._metrics:
+            self._metrics.note("memory", step, {"bytes": dict(held), "parameters": parameters})
+            parts = (f"{name} {count / parameters:.3f}" for name, count in held.items() if count)
+            self._console.message(f"bytes a parameter on rank 0, of {parameters:,}: {', '.join(parts)}")
 
     def validation(self, record: ValidationRecord) -> None:
         if self._console and self._metrics:
@@ -120,6 +131,9 @@ class Records:
             tflops=per_device * scale.flops_per_token / 1e12,
             mfu=mfu(scale.flops_per_token, per_device, scale.peak),
             mem_gib=peak_gib(scale.device),
+            sent_bytes=update.sent_bytes,
+            edq=update.edq,
+            lost_updates=update.lost,
         )
 
     def _send(self, values: Mapping[str, float], step: int, samples: int) -> None:
@@ -128,9 +142,15 @@ class Records:
 
 
 def write_resolved(run_dir: Path, recipe: Recipe) -> None:
-    """RUN/resolved.yaml: every key of the run, the defaults included."""
+    """RUN/resolved.yaml: every key of the run, the defaults included; and the policy, if it is a file of the user's."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        if (policy := policy_file(recipe.precision.policy)).parent != POLICIES:
+            kept = run_dir / "policy.yaml"
+            text = policy.read_bytes()  # before: it may be the very file
+            kept.write_bytes(text)
+            precision = dataclasses.replace(recipe.precision, policy=str(kept.resolve()))
+            recipe = dataclasses.replace(recipe, precision=precision)
         partial = run_dir / "resolved.yaml.tmp"
         partial.write_text(f"# Resolved from the recipe {recipe.name}; `--recipe` takes this file.\n{to_yaml(recipe)}")
         partial.replace(run_dir / "resolved.yaml")

@@ -16,7 +16,8 @@ from data.baseline import interpolated_bigram_cross_entropy
 from data.loader import Data
 from data.stream import Batch
 from lowprec.apply import Precision
-from lowprec.zero import Engine, Fragment, StepResult
+from lowprec.engine import Engine, StepResult
+from lowprec.fragments import Fragment
 from parallel import checkpoint
 from parallel.mesh import Mesh
 from recipe import Recipe, to_dict
@@ -45,6 +46,7 @@ class Run:
     samples: int = 0
     stop_agreed: bool = False
     validated: float | None = None
+    receipted: bool = False  # whether this process has said what its first step ran in
 
     def __enter__(self) -> Run:
         return self
@@ -77,8 +79,11 @@ class Run:
     def finish_step(self, losses: Sequence[Tensor], lr: float, update: StepResult, began: float) -> StepRecord:
         """Advance the position; agree over all ranks on the loss and on stopping. `began` on perf_counter's clock."""
         self.precision.end_step(self.mesh.dp_group)
-        if self.step == 0 and (receipt := self.precision.receipt()):
-            self.records.receipt(receipt)
+        if not self.receipted:
+            self.precision.check_ran()
+            self.records.receipt(self.step + 1, self.precision.receipt(), self.precision.unquantized())
+            self.records.memory(self.step + 1, self.engine.memory(), self.engine.parameters)
+            self.receipted = True
         self.step += 1
         self.samples += self.recipe.train.global_batch
         mine = torch.stack([torch.stack(list(losses)).double().mean(), self._asked_to_stop()])
@@ -147,13 +152,14 @@ class Run:
             "updates": self.engine.updates,
             "data": self.data.hashes(),
             "precision": self.precision.table(),
+            "gemm_dtype": str(self.precision.shared.gemm_dtype).removeprefix("torch."),
         }
         where = checkpoint.save(
             Path(self.recipe.run.dir),
             self.step,
             self.fragments(),
             meta,
-            rng=random_states(self.device),
+            own=random_states(self.device) | self.engine.own_states(),
             group=self.mesh.dp_group,
             keep=self.recipe.checkpoint.keep,
         )

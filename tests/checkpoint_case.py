@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ class Piece:
     shape: tuple[int, ...]
     offset: int
     tensors: dict[str, Tensor]
+    per: dict[str, int] = field(default_factory=dict)
 
 
 def truth(seed: int = 0, shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, dict[str, Tensor]]:

@@ -21,7 +21,7 @@ META = {"step": 3, "lr": 0.1 + 0.2, "recipe": {"run": {"dir": "runs/a"}}, "names
 
 def test_round_trip_of_tensors_and_meta(tmp_path: Path) -> None:
     full = truth(3)
-    path = save(tmp_path, 3, pieces(0, 1, full), META, rng={"torch": torch.get_rng_state()})
+    path = save(tmp_path, 3, pieces(0, 1, full), META, own={"torch": torch.get_rng_state()})
     assert path == tmp_path / "checkpoints" / "step-00000003"
     checkpoint = newest(tmp_path)
     assert checkpoint is not None
@@ -88,7 +88,7 @@ def _load_save_load(rank: int, run_dir: Path) -> list[tuple[int, int, dict[str, 
     group = dist.new_group(backend="gloo")
     before = _load_newest(rank, run_dir, group)
     rng = {"torch": torch.full((3,), rank, dtype=torch.uint8), "numpy": torch.tensor([rank])}
-    save(run_dir, size, pieces(rank, size, truth(5)), {"ranks": size}, rng=rng, group=group)
+    save(run_dir, size, pieces(rank, size, truth(5)), {"ranks": size}, own=rng, group=group)
     return [before, _load_newest(rank, run_dir, group)]
 
 

@@ -17,7 +17,7 @@ from lowprec.apply import Precision, RunFacts
 from lowprec.linear import SLOT_AXES
 from lowprec.policy import Policy, PrecisionConfig, parse
 
-PRESETS = ("mxfp8", "nvfp4", "fp8_current", "fp8_delayed", "fp8_block", "mxfp4")
+PRESETS = ("mxfp8", "nvfp4", "fp8_current", "fp8_delayed", "fp8_block", "fp8_lm", "mxfp4")
 FACTS = RunFacts(seed=3, steps=100, tokens_per_step=64)
 
 
@@ -276,3 +276,40 @@ def test_transformer_engine_linear(factory, scheme, dtype):
             assert one_bf16_ulp(value, truth.double()), name
         else:
             torch.testing.assert_close(value, truth, rtol=2e-6, atol=2e-6 * truth.abs().max().item())
+
+
+def test_policies_are_checked_for_types_and_second_rests():
+    rule = {"match": "*", "use": "bf16"}
+    for tree, words in (
+        (
+            {"schemes": {"s": {"fprop": {"a": {"spec": "nvfp4", "hadamard": "16"}}}}, "rules": [rule]},
+            "hadamard is '16'",
+        ),
+        ({"rules": [{**rule, "first": "two"}]}, "first is 'two'"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            parse(tree, "test")
+    with pytest.raises(UsageError, match="reach no linear"):
+        parse({"rules": [rule, rule]}, "test").resolve(["lm_head"], 0)
+
+
+def test_forward_without_gradients_saves_and_records_nothing():
+    model, precision = build("fp8_delayed")
+    x = torch.randn(32, 128).bfloat16()
+    before = {name: tensor.clone() for name, tensor in precision.state().items()}
+    with torch.no_grad():
+        model(x)
+    for name, tensor in precision.state().items():
+        assert torch.equal(tensor, before[name]), name
+    with pytest.raises(RuntimeError, match="ran elsewhere or not at all"):
+        precision.check_ran()
+    model(x).float().sum().backward()
+    assert precision.layers["layers.0.mlp"].ran == {"fprop", "wgrad"}  # x wants no gradient
+
+
+def test_two_formats_cannot_share_one_amax_history():
+    delayed = {"spec": "fp8_e4m3", "amax_history": 4}
+    scheme = {"fprop": {"a": delayed}, "wgrad": {"b": {**delayed, "spec": "fp8_e5m2"}}}
+    policy = parse({"schemes": {"s": scheme}, "rules": [{"match": "*", "use": "s"}]}, "test")
+    with pytest.raises(UsageError, match="one amax history of x"):
+        Precision(Model(), policy, PrecisionConfig(policy="mine"), FACTS)

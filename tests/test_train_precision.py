@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import steps, tiny, train
+from tests.launch import ROOT, steps, tiny, train
 
 
 def _losses(run_dir: Path) -> list[float]:
@@ -66,6 +66,8 @@ def test_a_phase_of_the_schedule_is_announced_and_counted(tmp_path):
         ("precision.schedule=[{start: 2}]", ["changes nothing"]),
         ("precision.schedule=[{start: 99, fprop: bf16}]", ["99", "train.steps"]),
         ("precision.bf16_first=2", ["reach no linear"]),
+        ("precision.bf16_first=99", ["99", "2 blocks"]),
+        ("precision.schedule=[{start: 2, fprop: bf16, wgard: bf16}]", ["schedule[0].wgard", "did you mean wgrad?"]),
     ],
 )
 def test_precision_errors_are_one_message(tmp_path, override, words):
@@ -74,3 +76,25 @@ def test_precision_errors_are_one_message(tmp_path, override, words):
     assert "Traceback" not in failed.stderr
     for word in words:
         assert word in failed.stderr
+
+
+def test_validation_changes_nothing_that_trains(tmp_path):
+    """Delayed scaling takes its amaxes from training alone."""
+    keys = ("train.steps=4", "precision.policy=fp8_delayed")
+    assert train(tiny(tmp_path, "without"), *keys, "eval.interval=0").returncode == 0
+    assert train(tiny(tmp_path, "with"), *keys, "eval.interval=1").returncode == 0
+    assert _losses(tmp_path / "with") == _losses(tmp_path / "without")
+
+
+def test_a_run_with_a_policy_of_the_users_own_is_reproduced_by_its_resolved_recipe(tmp_path):
+    """Also when the policy file has changed since."""
+    policy = tmp_path / "mine.yaml"
+    text = (ROOT / "recipes/precision/mxfp8.yaml").read_text()
+    policy.write_text(text)
+    done = train(tiny(tmp_path, "first"), "train.steps=3", f"precision.policy={policy}")
+    assert done.returncode == 0, done.stderr
+    policy.write_text(text.replace("mxfp8_e4m3", "mxfp4"))
+    again = train(tmp_path / "first/resolved.yaml", f"run.dir={tmp_path / 'again'}")
+    assert again.returncode == 0, again.stderr
+    assert _losses(tmp_path / "again") == _losses(tmp_path / "first")
+    assert json.loads((tmp_path / "first/precision.json").read_text())["phases"]["0"]

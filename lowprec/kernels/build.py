@@ -45,7 +45,9 @@ def _build(name: str) -> None:
         if not library.exists():
             if shutil.which(cpp_extension.get_cxx_compiler()) is None:
                 raise RuntimeError(f"there is no C++ compiler ({cpp_extension.get_cxx_compiler()}) on the PATH")
-            log.info("building the CPU kernels with %s, once, about a minute", cpp_extension.get_cxx_compiler())
+            log.warning(
+                "building the CPU kernels with %s, once, one to three minutes", cpp_extension.get_cxx_compiler()
+            )
             start = time.perf_counter()
             cpp_extension.load(
                 name,
@@ -54,7 +56,7 @@ def _build(name: str) -> None:
                 build_directory=str(directory),
                 is_python_module=False,
             )
-            log.info("built the CPU kernels in %.0f s: %s", time.perf_counter() - start, library)
+            log.warning("built the CPU kernels in %.0f s: %s", time.perf_counter() - start, library)
             return
     torch.ops.load_library(str(library))
 

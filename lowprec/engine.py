@@ -1,0 +1,221 @@
+"""The engine that a run sees: DeepSpeed's, with its optimizer's flat buffers shown as fragments of logical parameters.
+
+It knows what DeepSpeed's objects look like but does not import them: lowprec/zero.py makes and patches them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lowprec.fragments import Fragment
+from lowprec.updater import Updater
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did.
+
+    grad_norm:    before clipping; infinite when the step was skipped
+    sent_bytes:   this rank's gradients and updated weights on their way to other ranks (0 at stage 3: not counted)
+    edq, lost:    effective descent quality over its ideal and share of lost updates (adamw.Tally) where weights are
+                  written in 16 bits; else None
+    """
+
+    grad_norm: float
+    skipped: bool
+    sent_bytes: int = 0
+    edq: float | None = None
+    lost: float | None = None
+
+
+class PartitionedAdamW(torch.optim.Optimizer):
+    """What DeepSpeed holds as its optimizer: the groups' learning rates, and at stage 3 the update itself."""
+
+    def __init__(self, groups: list[dict], updater: Updater) -> None:
+        super().__init__(groups, {"lr": updater.config.lr})
+        self.updater = updater
+        self.held: dict[int, list[tuple[Fragment, slice]]] = {}  # id of a flat FP32 partition -> what lies in it
+
+    def step(self, closure: Callable | None = None) -> None:
+        """Update the flat partitions of the groups from their `.grad`; those that no fragment names are left alone."""
+        for group in self.param_groups:
+            for flat in group["params"]:
+                if held := self.held.get(id(flat)):
+                    gradients = [partial(flat.grad.__getitem__, here) for _, here in held]
+                    self.updater.step([fragment for fragment, _ in held], gradients, group["lr"], 1.0)
+
+
+class Engine:
+    """A model under ZeRO: call it for the loss, then `backward`, then `step` once a global batch."""
+
+    def __init__(self, engine: Any, names: Mapping[int, str], updater: Updater):
+        self._engine = engine
+        self._names = names
+        self.updater = updater
+        self._pending = 0  # micro-batches whose backward ran since the last step
+        self._touched: set[int] = set()
+        for parameter in engine.module.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: self._touched.add(id(p)))
+        if engine.zero_optimization_stage() == 3:
+            updater.group = engine.data_parallel_group if dist.get_world_size(engine.data_parallel_group) > 1 else None
+            self._fragments = list(_sliced_fragments(engine.optimizer, names, updater))
+        else:
+            self._fragments = [piece.fragment for piece in engine.optimizer.pieces]
+
+    @property
+    def module(self) -> nn.Module:
+        return self._engine.module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of `loss` (the mean of one micro-batch) divided by the micro-batches a step."""
+        if self._pending == self._engine.gradient_accumulation_steps():
+            raise RuntimeError(f"step() is due after {self._pending} micro-batches")
+        if self._pending:
+            self._engine.step()  # closes the previous micro-batch; DeepSpeed updates at the boundary only
+        self._engine.backward(loss)
+        self._pending += 1
+
+    def step(self, lr: float) -> StepResult:
+        """Reduce, clip and update with learning rate `lr`; a non-finite gradient skips the step on all ranks."""
+        if self._pending != self._engine.gradient_accumulation_steps():
+            raise RuntimeError(
+                f"step() after {self._pending} of {self._engine.gradient_accumulation_steps()} micro-batches"
+            )
+        if missing := [name for key, name in self._names.items() if key not in self._touched]:
+            raise RuntimeError(f"parameters that got no gradient in this step: {missing}")
+        self._pending = 0
+        self._touched.clear()
+        optimizer = self._engine.optimizer
+        for group in optimizer.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        norm, skipped = float(self._engine.get_global_grad_norm()), bool(optimizer.overflow)
+        if self._engine.zero_optimization_stage() == 3:
+            self.updater.updates += not skipped
+            return StepResult(norm, skipped)
+        sent, optimizer.sent_bytes = optimizer.sent_bytes, 0
+        if skipped or not self.updater.update.measured:
+            return StepResult(norm, skipped, sent)
+        tally = self.updater.reduced(optimizer.tally)
+        return StepResult(norm, skipped, sent, tally.edq, tally.lost)
+
+    def fragments(self) -> list[Fragment]:
+        """This rank's share of every logical parameter and its states, as views of live memory."""
+        return self._fragments
+
+    @torch.no_grad()
+    def parameter_norm(self) -> float:
+        """L2 norm of all master weights over the data-parallel group."""
+        update, device = self.updater.update, next(self.module.parameters()).device
+        squares = [torch.linalg.vector_norm(update.weights(f.extent, f.tensors)).square() for f in self._fragments]
+        total = torch.stack(squares).sum() if squares else torch.zeros((), device=device)
+        if self.updater.group is not None:
+            dist.all_reduce(total, group=self.updater.group)
+        return float(total.sqrt())
+
+    def fill_weights(self, values: Callable[[Fragment], Tensor]) -> None:
+        """Set every master fragment to `values(fragment)` (1-D, FP32), then the working weights from them."""
+        self.updater.set_weights(self._fragments, values)
+        self.refresh_weights()
+
+    @torch.no_grad()
+    def refresh_weights(self) -> None:
+        """Round the masters into the working weights and gather them; after masters were written from outside."""
+        optimizer = self._engine.optimizer
+        if self._engine.zero_optimization_stage() < 3:
+            optimizer.update_lp_params()
+            optimizer.sent_bytes = 0  # of no step
+            return
+        optimizer._partition_all_parameters()  # drops the small weights that stay gathered between steps
+        for index in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates applied so far: AdamW's t."""
+        return self.updater.updates
+
+    @updates.setter
+    def updates(self, count: int) -> None:
+        self.updater.updates = count
+
+    def own_states(self) -> dict[str, Tensor]:
+        """Live tensors of this rank alone, which no other layout could take over: residuals of error feedback, mu."""
+        optimizer = self._engine.optimizer
+        if self._engine.zero_optimization_stage() == 3:
+            return {}
+        names = {optimizer.param_id[key]: name for key, name in self._names.items()}
+        residuals = {f"error.{names[param_id]}": tensor for param_id, tensor in sorted(optimizer.errors.items())}
+        return residuals if optimizer.mu is None else residuals | {"mu": torch.tensor([optimizer.mu]).double()}
+
+    def restore_own_states(self, states: Mapping[str, Tensor]) -> None:
+        """Continue from `own_states`; what is missing stays as at a start."""
+        optimizer = self._engine.optimizer
+        for key, name in self._names.items():
+            if (residual := states.get(f"error.{name}")) is not None:
+                optimizer.errors[optimizer.param_id[key]] = residual
+        if "mu" in states:
+            optimizer.mu = float(states["mu"])
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the whole model."""
+        return sum(math.prod(shape) for shape in self.updater.shapes.values())
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of this rank's tensors: weights, master, gradients (the most in a step so far), states, scales.
+
+        The buffer in which a bucket of gradients waits for its reduction is not among them: it lives for one backward,
+        and zero.reduce_bucket sets its size.
+        """
+        optimizer = self._engine.optimizer
+        found: dict[str, int] = {"weights": 0, "master": 0, "gradients": 0}
+        for parameter in self.module.parameters():
+            held = getattr(parameter, "ds_tensor", parameter)  # stage 3: this rank's slice
+            found["weights"] += held.numel() * held.element_size()
+        for fragment in self._fragments:
+            for kind, tensor in fragment.tensors.items():
+                name = "scales" if fragment.per.get(kind, 1) not in (1, 2) else kind.split(".")[0]
+                if kind == "weight":
+                    if self.updater.update.master == "none":
+                        continue  # the working weights themselves
+                    name = "master"
+                found[name] = found.get(name, 0) + tensor.nbytes
+        if self._engine.zero_optimization_stage() == 3:
+            found["gradients"] = optimizer.grad_partitions_flat_buffer.nbytes
+        else:
+            found["gradients"] = optimizer.gradient_bytes
+            found["error_feedback"] = sum(tensor.nbytes for tensor in optimizer.errors.values())
+        return found
+
+
+def _sliced_fragments(zero: Any, names: Mapping[int, str], updater: Updater) -> Iterator[Fragment]:
+    """Stage 3: every parameter is cut into equal slices (the last ones padded); a group strings them together."""
+    for index, parameters in enumerate(zero.fp16_groups):
+        flat, place = zero.fp32_partitioned_groups_flat[index], 0
+        decay = zero.optimizer.param_groups[zero.sub_group_to_group_id[index]]["weight_decay"] > 0
+        held = zero.optimizer.held.setdefault(id(flat), [])
+        for parameter in parameters:
+            size = parameter.partition_numel()
+            offset = zero._get_param_partition_rank(parameter) * size
+            count = min(size, parameter.ds_numel - offset)
+            if count > 0:
+                here = slice(place, place + count)
+                master = flat.detach()[here]
+                fragment = updater.adopt(names[id(parameter)], offset, master, master, decay)
+                held.append((fragment, here))
+                yield fragment
+            place += size
