@@ -40,7 +40,7 @@ def environment() -> dict[str, str]:
 
 
 def train(
-    recipe: Path | str, *arguments: str, ranks: int = 1, timeout: float = 120
+    recipe: Path | str, *arguments: str, ranks: int = 1, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; output is captured. Raises TimeoutExpired."""
     return subprocess.run(

@@ -37,7 +37,7 @@ class RankError(AssertionError):
     """At least one rank raised, died or did not finish in time; the message holds their tracebacks."""
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
     """Call `fn(rank, *args)` on `world_size` gloo ranks; return their results in rank order.
 
     `fn`, `args` and the results are pickled. `timeout` [s] bounds the whole call, process start included, and each

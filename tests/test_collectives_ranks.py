@@ -235,7 +235,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         wait_for(done)
     else:
         try:
-            outcome: Any = run_ranks(_all_cases, 4, timeout=120)
+            outcome: Any = run_ranks(_all_cases, 4, timeout=600)
         except RankError as error:
             outcome = str(error)
         (folder / "collectives.part").write_bytes(pickle.dumps(outcome))

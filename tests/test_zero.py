@@ -160,7 +160,7 @@ def _every_case(rank: int, world: int) -> dict:
 
 @pytest.fixture(scope="module", params=[1, 2, 3])
 def outcomes(request) -> tuple[int, list[dict]]:
-    return request.param, run_ranks(_every_case, request.param, request.param, timeout=180)
+    return request.param, run_ranks(_every_case, request.param, request.param, timeout=600)
 
 
 def _of(outcomes: tuple[int, list[dict]], stage: int, case: str) -> list:

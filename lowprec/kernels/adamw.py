@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowprec import kernels
 from lowprec.codebooks import codebook, thresholds
-from lowprec.codecs import Codec, Coded, Extent
+from lowprec.codecs import UNIT, Codec, Coded, Extent
 from lowprec.philox import RandomKey
 
 _STORES = {  # enum Store in cpu/adamw_job.h
@@ -63,6 +63,8 @@ class Job:
                 return f"stochastically encoded {name}"
             if codec.ties != "down":
                 return "ties that go up"
+        if self.rule == "stochastic" and not self.extent.aligned:
+            return "random bits of a fragment that begins within a unit"
         return _unavailable_because()
 
     def statistics(self) -> Tensor:
@@ -93,7 +95,8 @@ class Job:
     def _spec(self) -> list[int]:
         stores = [_STORES[self.codecs[name].name] for name in ("exp_avg", "exp_avg_sq", "weight")]
         columns = self.extent.columns
-        return [*stores, _WRITES[self.rule], self.extent.offset, self.extent.numel // columns, columns]
+        unit = self.extent.offset // UNIT * UNIT  # blocks and random bits count from it; without them it says nothing
+        return [*stores, _WRITES[self.rule], unit, self.extent.numel // columns, columns]
 
 
 @cache
