@@ -31,6 +31,11 @@ MORE = [
 UPDATES = [u for u in [*case.updates(), *MORE] if "_sr" not in u.exp_avg and u.exp_avg_sq != "factor"]
 
 
+def _words(update: Update) -> set[str]:
+    names = (update.exp_avg, update.exp_avg_sq)
+    return {word.rstrip("48") for name in names for word in name.split("_")} | {n.split("_")[-1] for n in names}
+
+
 @pytest.fixture(params=torch.ops.lowprec_cpu.isas().split() if kernels.available() else [])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     before = torch.ops.lowprec_cpu.isa()
@@ -69,6 +74,20 @@ def test_equals_the_plain_step(update: Update, dtype: torch.dtype, isa: str) -> 
         grads[2] *= 1e-18  # what FP32 squares to subnormal numbers and zeros
         grads[3][::3] = 0.0
         compare(update, extent, [g[extent.offset : extent.offset + extent.count].to(dtype) for g in grads])
+
+
+@pytest.mark.parametrize(
+    "update", [u for u in UPDATES if not {"dynamic", "linear", "b256"} & _words(u)], ids=case.name_of
+)
+def test_fragments_cut_anywhere(update: Update, isa: str) -> None:
+    """As ZeRO's stage 3 cuts them; stochastic rounding takes the plain path there."""
+    extent = Extent((50, 130), 1001, 3333)
+    grads = [grad[1001:4334] for grad in case.gradients(extent.shape, 2)]
+    if update.update == "stochastic":
+        (tensors,) = case.start(update, extent.shape, [extent])
+        assert update._fused(extent, tensors, grads[0], case.HYPER) is None
+    else:
+        compare(update, extent, grads)
 
 
 @pytest.mark.parametrize("update", UPDATES, ids=case.name_of)
