@@ -232,15 +232,19 @@ def _gemm(layer: LowPrecisionLinear, gemm: str, a: Operand, b: Operand, bias: Te
     exact = left.dtype == right.dtype == torch.bfloat16
     dtype = layer.shared.gemm_dtype if exact else torch.float32
     layer.count(gemm, str(dtype).removeprefix("torch."))
-    if dtype == out == torch.bfloat16 and all(scale.ndim == 0 for scale in scales):
+    scalars = all(scale.ndim == 0 for scale in scales)
+    alpha = float(torch.stack(scales).prod()) if scales and scalars else 1.0
+    if dtype == out == torch.bfloat16 and scalars:
         if not scales and bias is None:
             return left @ right
-        alpha = float(torch.stack(scales).prod()) if scales else 1.0
         added, beta = (left.new_zeros(1), 0) if bias is None else (bias, 1)
         return torch.addmm(added, left, right, beta=beta, alpha=alpha)
-    product = left.float() @ right.float()
-    for scale in scales:
-        product *= scale
+    if scales and scalars:
+        product = torch.addmm(left.new_zeros(1, dtype=torch.float32), left.float(), right.float(), beta=0, alpha=alpha)
+    else:
+        product = left.float() @ right.float()
+        for scale in scales:
+            product *= scale
     if bias is not None:
         product += bias
     return product.to(out)
