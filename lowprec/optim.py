@@ -1,4 +1,4 @@
-"""AdamW: its configuration, its parameter groups, its states; and an optimizer for use without ZeRO.
+"""AdamW: its configuration, and an optimizer for use without ZeRO.
 
     m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
     w = w - lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay w)
@@ -16,13 +16,13 @@ et al., "Mixed precision training" (arXiv 1710.03740).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from errors import UsageError
 from lowprec.adamw import Hyper, Master, Rule, Tally, Update
@@ -70,34 +70,6 @@ class OptimizerConfig:
             if getattr(self, key) < 0:
                 found.append(f"{key} is {getattr(self, key)}; it must not be negative")
         return found + self.storage.problems()
-
-
-def adamw(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """Fused AdamW over two groups: parameters of two or more dimensions decay, the rest do not."""
-    parameters = list(parameters)
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,
-    )
-
-
-def allocate_states(optimizer: torch.optim.AdamW, master: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Create the states of `master` now, as AdamW would at its first step, and return them.
-
-    They then exist before the first step, so that a checkpoint can be loaded in place.
-    """
-    state = optimizer.state[master]
-    state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-    state["exp_avg"] = torch.zeros_like(master, requires_grad=False)
-    state["exp_avg_sq"] = torch.zeros_like(master, requires_grad=False)
-    return state
 
 
 @dataclass(frozen=True)
