@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from checkpoint_case import Piece
 from convert import to_hf
 from data.tokenizer import train_sentencepiece
 from model.config import ModelConfig
@@ -23,25 +23,16 @@ transformers = pytest.importorskip("transformers")
 CONFIG = ModelConfig(vocab_size=400, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_size=48)
 
 
-@dataclass(frozen=True)
-class WholeParameter:
-    """One parameter, unsharded, as parallel.checkpoint wants it."""
-
-    name: str
-    shape: tuple[int, ...]
-    tensors: dict[str, torch.Tensor]
-    offset: int = 0
-
-
 @pytest.fixture
 def run(tmp_path) -> Path:
     """A run directory with FP32 masters after steps 1 and 2 (seeds 1 and 2) and a BPE tokenizer."""
     meta = {"recipe": {"model": dataclasses.asdict(CONFIG), "train": {"seq_len": 64}}}
     for step in (1, 2):
         fragments = [
-            WholeParameter(
+            Piece(
                 name,
                 logical_shape(CONFIG, name, shape),
+                0,
                 {"weight": initial_values(CONFIG, step, name, shape).flatten()},
             )
             for name, shape in parameter_shapes(CONFIG).items()
