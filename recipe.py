@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,9 +29,9 @@ from lowprec.policy import Policy, PrecisionConfig, parse
 from lowprec.zero import ZeroConfig
 from model.config import ModelConfig
 from parallel.checkpoint import CheckpointConfig
-from parallel.mesh import ParallelConfig
+from parallel.mesh import ParallelConfig, Sizes
 from report.metrics import MetricsConfig
-from strict_yaml import load_yaml
+from strict_yaml import load_yaml, merge, override
 
 RECIPES = Path(__file__).parent / "recipes"
 POLICIES = RECIPES / "precision"
@@ -176,7 +177,10 @@ class Recipe:
     def _layout_problems(self, world_size: int) -> list[str]:
         tp, pp = self.parallel.tp, self.parallel.pp
         if world_size % (tp * pp):
-            return [f"{world_size} processes are not divisible by parallel.tp x parallel.pp = {tp} x {pp}"]
+            return [
+                f"parallel.tp x parallel.pp = {tp} x {pp} does not divide {world_size} processes; start a multiple of "
+                f"{tp * pp}, or choose other degrees"
+            ]
         found = []
         dp, train = world_size // (tp * pp), self.train
         if train.global_batch % (train.micro_batch * dp):
@@ -184,8 +188,19 @@ class Recipe:
                 f"train.global_batch {train.global_batch} is not divisible by train.micro_batch x data-parallel ranks "
                 f"= {train.micro_batch} x {dp}; change one of them, or the number of processes"
             )
-        if self.model.num_heads % tp:
-            found.append(f"model.num_heads {self.model.num_heads} is not divisible by parallel.tp {tp}")
+        else:
+            found += self.parallel.misfits(
+                Sizes(
+                    num_heads=self.model.num_heads,
+                    num_kv_heads=self.model.kv_heads,
+                    ffn_size=self.model.ffn_size,
+                    vocab_size=self.model.vocab_size,
+                    num_layers=self.model.num_layers,
+                    seq_len=train.seq_len,
+                    micro_batches=train.global_batch // (train.micro_batch * dp),
+                    zero_stage=self.zero.stage,
+                )
+            )
         if self.train.compile is True and self.zero.stage == 3:
             found.append(
                 "train.compile is true with zero.stage 3, which gathers weights inside the compiled region; "
@@ -267,26 +282,6 @@ def read(path: Path, inheriting: tuple[Path, ...] = ()) -> dict[str, Any]:
     raise UsageError(f"{path}: base {base!r} is neither beside it nor in recipes/")
 
 
-def merge(base: dict[str, Any], delta: dict[str, Any]) -> dict[str, Any]:
-    """`delta` over `base`: maps key by key, everything else replaced."""
-    merged = dict(base)
-    for key, value in delta.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
-
-
-def override(tree: dict[str, Any], assignment: str) -> dict[str, Any]:
-    """`tree` with one `a.b=c` (or `--a.b=c`) applied; c is strict YAML."""
-    path, equals, value = assignment.removeprefix("--").partition("=")
-    if not equals or not path:
-        raise UsageError(f"{assignment!r} is not an override; write section.key=value")
-    delta: Any = load_yaml(value, f"override {assignment}")
-    for key in reversed(path.split(".")):
-        delta = {key: delta}
-    return merge(tree, delta)
-
-
 def load(name: str, overrides: tuple[str, ...] = (), world_size: int = 1) -> Recipe:
     """The validated recipe `name` (a name in recipes/ or a path) with overrides, for `world_size` ranks.
 
@@ -325,14 +320,19 @@ def from_dict(tree: dict[str, Any], source: str) -> Recipe:
         raise UsageError(f"{source}:\n" + "\n".join(f"  {message}" for message in unknown))
     try:
         # JSON mode is the strict one that takes lists for tuples: "3" is no integer, 1 is no boolean.
-        return TypeAdapter(Recipe).validate_json(json.dumps(tree), strict=True)
+        return _adapter().validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         raise UsageError(f"{source}:\n" + "\n".join(f"  {line}" for line in _type_errors(error))) from None
 
 
+@functools.cache
+def _adapter() -> TypeAdapter[Recipe]:
+    return TypeAdapter(Recipe)
+
+
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain nested dict of the whole resolved recipe: YAML- and JSON-able, accepted by `from_dict`."""
-    return json.loads(TypeAdapter(Recipe).dump_json(recipe))
+    return json.loads(_adapter().dump_json(recipe))
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -48,3 +48,23 @@ def load_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}, line {mark.line + 1}, column {mark.column + 1}" if mark else source
         raise UsageError(f"{where}: {getattr(error, 'problem', error)}") from None
+
+
+def merge(base: dict[str, Any], delta: dict[str, Any]) -> dict[str, Any]:
+    """`delta` over `base`: maps key by key, everything else replaced."""
+    merged = dict(base)
+    for key, value in delta.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def override(tree: dict[str, Any], assignment: str) -> dict[str, Any]:
+    """`tree` with one `a.b=c` (or `--a.b=c`) applied; c is strict YAML."""
+    path, equals, value = assignment.removeprefix("--").partition("=")
+    if not equals or not path:
+        raise UsageError(f"{assignment!r} is not an override; write section.key=value")
+    delta: Any = load_yaml(value, f"override {assignment}")
+    for key in reversed(path.split(".")):
+        delta = {key: delta}
+    return merge(tree, delta)

@@ -33,12 +33,9 @@ from run.state import Run
 def train_step(run: Run) -> StepRecord:
     """One optimizer step over the global batch: accumulate, reduce, clip, update."""
     began = time.perf_counter()
-    lr, losses = run.lr(), []
+    lr = run.lr()
     run.begin_step()
-    for batch in run.micro_batches():
-        loss = run.engine(batch.tokens, batch.labels, batch.positions, batch.document_ids)
-        run.engine.backward(loss.loss)
-        losses.append(loss.cross_entropy.detach())
+    losses = run.forward_backward()
     update = run.engine.step(lr)
     return run.finish_step(losses, lr, update, began)
 

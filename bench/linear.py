@@ -48,7 +48,7 @@ def step(
         tree = Policy(tree.schemes, (Rule("*", tree.rules[0].use),))
         config = PrecisionConfig(policy=policy, wgrad_output="fp32" if wgrad == "fp32" else "bf16", pack_saved=pack)
         facts = RunFacts(seed=0, steps=10, tokens_per_step=tokens, gemm_dtype=gemm_dtype, swap_all=True)
-        precision = Precision(model, tree, config, facts)
+        precision = Precision([model], tree, config, facts)
 
     def run() -> None:
         if precision is not None:

@@ -77,7 +77,7 @@ def main() -> None:
         for parameter in holder.parameters():
             nn.init.normal_(parameter, std=0.02)
         facts = RunFacts(seed=0, steps=10, tokens_per_step=train.micro_batch * train.seq_len)
-        precision = Precision(holder, load_policy(policy), PrecisionConfig(policy=policy), facts)
+        precision = Precision([holder], load_policy(policy), PrecisionConfig(policy=policy), facts)
         precision.begin_step(0)
         x = torch.randn(train.micro_batch, train.seq_len, model.hidden_size).bfloat16().requires_grad_()
         rope = rotary_table(torch.arange(train.seq_len), model.head_size, model.rope_theta)

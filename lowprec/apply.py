@@ -1,6 +1,6 @@
 """Put a policy to work on a model: swap its linears by name, keep weights and names, and follow the run's steps.
 
-precision = Precision(model, policy, config, ...)      before the optimizer takes the parameters
+precision = Precision([model], policy, config, ...)    before the optimizer takes the parameters
 precision.begin_step(step)                             weights changed: new copies; a new phase may begin
 precision.at(row)                                      before each micro-batch: where its tokens are
 precision.end_step(group)                              delayed scaling takes its new scales
@@ -8,14 +8,16 @@ precision.end_step(group)                              delayed scaling takes its
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from errors import UsageError
-from lowprec.linear import LowPrecisionLinear, Shared
+from lowprec.linear import LowPrecisionLinear, Place, Shared, place_problems
 from lowprec.philox import StepContext
 from lowprec.policy import GEMMS, Phase, Policy, PrecisionConfig, Slots, describe, table_to_dict
 
@@ -29,6 +31,8 @@ class RunFacts:
     keep_weights:    False where weights are gathered for each use (ZeRO 3)
     gemm_dtype:      in which exact operands are multiplied
     swap_all:        swap linears that are never quantized, too (to compare like with like)
+    linears:         names of all linears of the whole model; None: those of the parts at hand
+    places:          linear name -> which part of it this rank has (tensor parallelism)
     """
 
     seed: int
@@ -37,19 +41,31 @@ class RunFacts:
     keep_weights: bool = True
     gemm_dtype: torch.dtype = torch.bfloat16
     swap_all: bool = False
+    linears: Sequence[str] | None = None
+    places: Mapping[str, Place] = field(default_factory=dict)
 
 
 class Precision:
-    """The resolved precision of a model, at the step that the run stands at."""
+    """The resolved precision of a model, at the step that the run stands at.
 
-    def __init__(self, model: nn.Module, policy: Policy, config: PrecisionConfig, facts: RunFacts) -> None:
-        linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        blocks = 1 + max((int(name.split(".")[1]) for name in linears if name.startswith("layers.")), default=-1)
+    parts: the model, or the parts of it that this rank has, with the whole model's names
+    """
+
+    def __init__(self, parts: Sequence[nn.Module], policy: Policy, config: PrecisionConfig, facts: RunFacts) -> None:
+        linears = {
+            name: (part, module)
+            for part in parts
+            for name, module in part.named_modules()
+            if isinstance(module, nn.Linear)
+        }
+        # Rules are resolved against the whole model, whatever part of it is here.
+        names = list(linears if facts.linears is None else facts.linears)
+        blocks = 1 + max((int(name.split(".")[1]) for name in names if name.startswith("layers.")), default=-1)
         if config.bf16_first + config.bf16_last > blocks:
             asked = f"precision.bf16_first {config.bf16_first} and bf16_last {config.bf16_last}"
             raise UsageError(f"{asked} exceed the model's {blocks} blocks; keep fewer in BF16")
         policy = policy.with_bf16_blocks(config.bf16_first, config.bf16_last)
-        self.tables = [(0, policy.resolve(list(linears), blocks))]
+        self.tables = [(0, policy.resolve(names, blocks))]
         for phase in config.schedule:
             self._add_phase(policy, phase, facts)
         self.shared = Shared(
@@ -63,9 +79,26 @@ class Precision:
         # A linear that is quantized in any phase is swapped; the others stay what they are.
         swap_all = facts.swap_all or self.shared.wgrad_dtype == torch.float32
         wanted = {name for _, table in self.tables for name, slots in table.items() if slots.quantized or swap_all}
-        self.layers = {name: _swap(model, name, linears[name], self._table[name], self.shared) for name in wanted}
-        if problems := [line for name, layer in self.layers.items() for line in _shape_problems(name, layer)]:
+        self.layers = {
+            name: _swap(*linears[name], name, self._table[name], self.shared, facts.places.get(name))
+            for name in names
+            if name in wanted and name in linears
+        }
+        self._here = list(linears)
+        problems = [line for name, layer in self.layers.items() for line in _shape_problems(name, layer)]
+        if problems := [*problems, *self._place_problems()]:
             raise UsageError("\n".join(["the precision policy does not fit the model:", *problems]))
+
+    def _place_problems(self) -> list[str]:
+        """In any phase: blocks that tensor parallelism would cut."""
+        found = []
+        for _, table in self.tables:
+            for name, layer in self.layers.items():
+                layer.use(table[name])
+                found += place_problems(layer)
+        for name, layer in self.layers.items():
+            layer.use(self._table[name])
+        return list(dict.fromkeys(found))
 
     def _add_phase(self, policy: Policy, phase: Phase, facts: RunFacts) -> None:
         begin = phase.first_step(facts.steps, facts.tokens_per_step)
@@ -94,6 +127,20 @@ class Precision:
         """The next micro-batch starts at this global row: (sample in the global batch) * seq_len."""
         self.shared.position = replace(self.shared.position, row=row)
 
+    def recompute_context(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """What wraps a forward, and later its repetition in the backward: both see the same position."""
+        position = self.shared.position
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            now, self.shared.position = self.shared.position, position
+            try:
+                yield
+            finally:
+                self.shared.position = now
+
+        return nullcontext(), again()
+
     def end_step(self, group: dist.ProcessGroup | None = None) -> None:
         """After backward: the amaxes of all ranks decide the next scales of delayed scaling. Collective."""
         states = self._delayed()
@@ -119,7 +166,7 @@ class Precision:
 
     def unquantized(self) -> list[str]:
         """Linears that stay the model's own in every phase, and so are in no receipt."""
-        return [name for name in self.tables[0][1] if name not in self.layers]
+        return [name for name in self._here if name not in self.layers]
 
     def check_ran(self) -> None:
         """After a training step: every swapped linear ran its three GEMMs here. RuntimeError names one that did not."""
@@ -144,10 +191,12 @@ class Precision:
         }
 
 
-def _swap(model: nn.Module, name: str, linear: nn.Linear, slots: Slots, shared: Shared) -> LowPrecisionLinear:
-    layer = LowPrecisionLinear(linear, name, slots, shared)
+def _swap(
+    part: nn.Module, linear: nn.Linear, name: str, slots: Slots, shared: Shared, place: Place | None
+) -> LowPrecisionLinear:
+    layer = LowPrecisionLinear(linear, name, slots, shared, place)
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
+    setattr(part.get_submodule(parent), child, layer)
     return layer
 
 

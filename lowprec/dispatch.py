@@ -42,20 +42,42 @@ def path(spec: QuantSpec, axis: Axis, dtype: torch.dtype, device: str) -> str:
     return _WORDS[device]
 
 
+def _path(x: Tensor, spec: QuantSpec, axis: Axis, key: RandomKey) -> str:
+    """`path` of a matrix; kernels draw random bits by 16 columns, and cannot begin within them."""
+    if spec.rounding == "stochastic" and key.column % 16:
+        return PLAIN
+    return path(spec, axis, x.dtype, x.device.type)
+
+
 def operand(
-    x: Tensor, spec: QuantSpec, axis: Axis, key: RandomKey, encode_scale: Tensor | None, dtype: torch.dtype
+    x: Tensor,
+    spec: QuantSpec,
+    axis: Axis,
+    key: RandomKey,
+    encode_scale: Tensor | None,
+    dtype: torch.dtype,
+    amax: Tensor | None = None,
 ) -> Operand:
     """Quantize and decode a matrix for a GEMM, as `reference.operand`."""
-    if (word := path(spec, axis, x.dtype, x.device.type)) != PLAIN:
-        return _KERNELS[word].operand(x, spec, axis=axis, key=key, scale=encode_scale, dtype=dtype)
-    return reference.operand(x, spec, axis=axis, seed=key, encode_scale=encode_scale, dtype=dtype)
+    if (word := _path(x, spec, axis, key)) != PLAIN:
+        return _KERNELS[word].operand(x, spec, axis=axis, key=key, amax=amax, scale=encode_scale, dtype=dtype)
+    return reference.operand(x, spec, axis=axis, seed=key, amax=amax, encode_scale=encode_scale, dtype=dtype)
 
 
-def quantize(x: Tensor, spec: QuantSpec, axis: Axis, key: RandomKey, encode_scale: Tensor | None) -> QuantizedTensor:
+def quantize(
+    x: Tensor, spec: QuantSpec, axis: Axis, key: RandomKey, encode_scale: Tensor | None, amax: Tensor | None = None
+) -> QuantizedTensor:
     """Quantize a matrix into packed codes and scales, as `reference.quantize`."""
+    if (word := _path(x, spec, axis, key)) != PLAIN:
+        return _KERNELS[word].quantize(x, spec, axis=axis, key=key, amax=amax, scale=encode_scale)
+    return reference.quantize(x, spec, axis=axis, seed=key, amax=amax, encode_scale=encode_scale)
+
+
+def amax(x: Tensor, spec: QuantSpec, axis: Axis, key: RandomKey) -> Tensor:
+    """FP32 scalar: the amax that `spec` scales a matrix by, after its rotation, as `reference.amax`."""
     if (word := path(spec, axis, x.dtype, x.device.type)) != PLAIN:
-        return _KERNELS[word].quantize(x, spec, axis=axis, key=key, scale=encode_scale)
-    return reference.quantize(x, spec, axis=axis, seed=key, encode_scale=encode_scale)
+        return _KERNELS[word].amax(x, spec, axis=axis, key=key)
+    return reference.amax(x, spec, axis=axis, seed=key)
 
 
 def decode(packed: QuantizedTensor, dtype: torch.dtype, made_from: torch.dtype) -> Operand:

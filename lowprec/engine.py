@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lowprec.adamw import Tally
 from lowprec.fragments import Fragment
 from lowprec.updater import Updater
 
@@ -53,19 +54,38 @@ class PartitionedAdamW(torch.optim.Optimizer):
                     self.updater.step([fragment for fragment, _ in held], gradients, group["lr"], 1.0)
 
 
+@dataclass(frozen=True)
+class SumGroups:
+    """Over which ranks a sum over all parameters runs: those that hold other partitions, and other parts of the model.
+
+    None: this rank alone.
+    """
+
+    data: Any = None
+    model: Any = None
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add up in place. Collective."""
+        for group in (self.data, self.model):
+            if group is not None:
+                dist.all_reduce(values, group=group)
+        return values
+
+
 class Engine:
     """A model under ZeRO: call it for the loss, then `backward`, then `step` once a global batch."""
 
-    def __init__(self, engine: Any, names: Mapping[int, str], updater: Updater):
+    def __init__(self, engine: Any, names: Mapping[int, str], updater: Updater, sums: SumGroups):
         self._engine = engine
         self._names = names
+        self._sums = sums
         self.updater = updater
+        self._by_schedule = False
         self._pending = 0  # micro-batches whose backward ran since the last step
         self._touched: set[int] = set()
         for parameter in engine.module.parameters():
             parameter.register_post_accumulate_grad_hook(lambda p: self._touched.add(id(p)))
         if engine.zero_optimization_stage() == 3:
-            updater.group = engine.data_parallel_group if dist.get_world_size(engine.data_parallel_group) > 1 else None
             self._fragments = list(_sliced_fragments(engine.optimizer, names, updater))
         else:
             self._fragments = [piece.fragment for piece in engine.optimizer.pieces]
@@ -88,7 +108,7 @@ class Engine:
 
     def step(self, lr: float) -> StepResult:
         """Reduce, clip and update with learning rate `lr`; a non-finite gradient skips the step on all ranks."""
-        if self._pending != self._engine.gradient_accumulation_steps():
+        if not self._by_schedule and self._pending != self._engine.gradient_accumulation_steps():
             raise RuntimeError(
                 f"step() after {self._pending} of {self._engine.gradient_accumulation_steps()} micro-batches"
             )
@@ -99,16 +119,35 @@ class Engine:
         optimizer = self._engine.optimizer
         for group in optimizer.optimizer.param_groups:
             group["lr"] = lr
-        self._engine.step()
-        norm, skipped = float(self._engine.get_global_grad_norm()), bool(optimizer.overflow)
+        if self._by_schedule:
+            optimizer.reduce_accumulated()
+            optimizer.step()
+        else:
+            self._engine.step()
+        norm, skipped = float(optimizer._global_grad_norm), bool(optimizer.overflow)
         if self._engine.zero_optimization_stage() == 3:
             self.updater.updates += not skipped
             return StepResult(norm, skipped)
         sent, optimizer.sent_bytes = optimizer.sent_bytes, 0
         if skipped or not self.updater.update.measured:
             return StepResult(norm, skipped, sent)
-        tally = self.updater.reduced(optimizer.tally)
+        tally = Tally(self._sums.sum(optimizer.tally.sums.to(self.updater.device)))
         return StepResult(norm, skipped, sent, tally.edq, tally.lost)
+
+    def run_by_schedule(self, tied: nn.Parameter | None, group: Any) -> None:
+        """From now on a pipeline schedule runs the backwards; `step` finds their gradients accumulated.
+
+        tied: the parameter of which another pipeline rank holds a copy, and the group of both; or None
+        """
+        self._by_schedule = True
+        self._engine.optimizer.accumulate_by_hooks(tied, group)
+
+    def add_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        """Accumulate what autograd did not: a weight gradient of a split backward, as it left its GEMM."""
+        for hook in (parameter._backward_hooks or {}).values():
+            gradient = hook(gradient)  # sums over tensor-parallel ranks
+        self._engine.optimizer.accumulate(parameter, gradient)
+        self._touched.add(id(parameter))
 
     def fragments(self) -> list[Fragment]:
         """This rank's share of every logical parameter and its states, as views of live memory."""
@@ -116,13 +155,13 @@ class Engine:
 
     @torch.no_grad()
     def parameter_norm(self) -> float:
-        """L2 norm of all master weights over the data-parallel group."""
-        update, device = self.updater.update, next(self.module.parameters()).device
-        squares = [torch.linalg.vector_norm(update.weights(f.extent, f.tensors)).square() for f in self._fragments]
-        total = torch.stack(squares).sum() if squares else torch.zeros((), device=device)
-        if self.updater.group is not None:
-            dist.all_reduce(total, group=self.updater.group)
-        return float(total.sqrt())
+        """L2 norm of all master weights. Collective over all ranks of the run."""
+        total = torch.zeros((), device=self.updater.device)
+        for fragment in self._fragments:
+            weights = self.updater.update.weights(fragment.extent, fragment.tensors)
+            for owned in fragment.owned():
+                total += torch.linalg.vector_norm(weights[owned]).square()
+        return float(self._sums.sum(total).sqrt())
 
     def fill_weights(self, values: Callable[[Fragment], Tensor]) -> None:
         """Set every master fragment to `values(fragment)` (1-D, FP32), then the working weights from them."""
@@ -172,8 +211,8 @@ class Engine:
 
     @property
     def parameters(self) -> int:
-        """Elements of the whole model."""
-        return sum(math.prod(shape) for shape in self.updater.shapes.values())
+        """Elements of the model, or of the part of it that this rank's modules hold."""
+        return sum(math.prod(shard.shape) for shard in self.updater.shards.values())
 
     def memory(self) -> dict[str, int]:
         """Bytes of this rank's tensors: weights, master, gradients (the most in a step so far), states, scales.

@@ -175,6 +175,11 @@ class QuantSpec:
         return UE5M3.max if self.scale == "ue5m3" else 448.0
 
     @property
+    def takes_amax(self) -> bool:
+        """Whether one amax of the whole tensor (with row_amax: of each line) decides its scales."""
+        return self.two_level or self.block == "tensor" and self.scale != "e8m0"
+
+    @property
     def exact_in_bf16(self) -> bool:
         """Whether element * block scale always fits BF16's 8 significant bits.
 

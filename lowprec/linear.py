@@ -8,6 +8,10 @@ Each Q quantizes the high-precision matrix along its own GEMM's reduction axis. 
 so a BF16 GEMM with FP32 accumulation multiplies the very numbers that a tensor core would; tensor scales are applied to
 the FP32 accumulator (GEMM alpha), rounded once. Operands that BF16 cannot hold exactly take an FP32 GEMM.
 
+Under tensor parallelism a rank has some columns of x and w, or some rows of w and columns of dy (`Place`). Every rank
+then quantizes as the whole matrix would be: tensor amaxes are those of all ranks, random bits those of the global
+element, and blocks must not be cut.
+
 The weight's copies are made once a step (`prepare`) and shared by all micro-batches. Of the input only the wgrad copy
 is saved, packed. Random bits depend on the position of the micro-batch, not on a generator: recomputation gives the
 same. The weight gradient goes to autograd, whose accumulator is FP32 (lowprec/zero.py), or into the queue of a split
@@ -16,20 +20,22 @@ backward.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from errors import UsageError
 from lowprec import dispatch
 from lowprec.delayed import DelayedScale
 from lowprec.formats import QuantSpec
-from lowprec.philox import StepContext
+from lowprec.philox import RandomKey, StepContext
 from lowprec.policy import GEMMS, Slots
-from lowprec.quantized import Axis, Operand, QuantizedTensor
+from lowprec.quantized import Axis, Operand, QuantizedTensor, block_of
 
 # slot -> (which matrix, the axis that its GEMM reduces)
 SLOT_AXES: dict[str, tuple[str, Axis]] = {
@@ -40,6 +46,26 @@ SLOT_AXES: dict[str, tuple[str, Axis]] = {
     "wgrad.a": ("dy", 0),
     "wgrad.b": ("x", 0),
 }
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which part of the logical linear this rank has.
+
+    outputs: the output features, rows of w and columns of dy, as runs of the logical ones: (first, count)
+    inputs:  the input features, columns of x and w: (first, count)
+    split:   the matrices of which other ranks have other parts: "x", "w", "dy"
+    group:   those ranks
+    """
+
+    outputs: tuple[tuple[int, int], ...]
+    inputs: tuple[int, int]
+    split: frozenset[str]
+    group: dist.ProcessGroup | None
+
+    def columns(self, kind: str) -> tuple[tuple[int, int], ...]:
+        """Runs of logical columns that the matrix `kind` has here."""
+        return self.outputs if kind == "dy" else (self.inputs,)
 
 
 @dataclass
@@ -67,11 +93,12 @@ class Shared:
 class LowPrecisionLinear(nn.Module):
     """Drop-in for an nn.Linear: same parameters under the same names."""
 
-    def __init__(self, linear: nn.Linear, name: str, slots: Slots, shared: Shared) -> None:
+    def __init__(self, linear: nn.Linear, name: str, slots: Slots, shared: Shared, place: Place | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.name, self.shared = name, shared
+        self.name, self.shared, self.place = name, shared, place
+        self.skip_bias = False  # whoever uses the output adds the bias
         self.delayed: dict[str, DelayedScale] = {}
         self.ran: set[str] = set()  # its GEMMs that have run at least once
         self._copies: dict[str, Operand] = {}
@@ -100,7 +127,8 @@ class LowPrecisionLinear(nn.Module):
 
     @torch.compiler.disable  # the step and the caches are Python state; the rest of a block is compiled around it
     def forward(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self.weight, self.bias, self, torch.is_grad_enabled())
+        bias = None if self.skip_bias else self.bias
+        return _Linear.apply(x, self.weight, bias, self, torch.is_grad_enabled())
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -123,8 +151,14 @@ class LowPrecisionLinear(nn.Module):
         spec, (kind, axis) = self.specs[slot], SLOT_AXES[slot]
         if spec is None:
             return Operand(matrix, None, None)
-        key = position.key(self.name, slot, tokens=kind != "w")
-        found = dispatch.operand(matrix, spec, axis, key, self._encode_scale(kind, spec), self.decoded(spec))
+        amax, scale = self._amax(slot, matrix, position), self._encode_scale(kind, spec)
+        pieces = [
+            dispatch.operand(piece, spec, axis, key, scale, self.decoded(spec), amax)
+            for piece, key in self._pieces(slot, matrix, position)
+        ]
+        found = pieces[0]
+        if len(pieces) > 1:
+            found = found._replace(values=torch.cat([piece.values for piece in pieces], 0 if kind == "w" else 1))
         if training:
             self._record(kind, spec, found.amax)
         return found
@@ -133,10 +167,39 @@ class LowPrecisionLinear(nn.Module):
         """Quantize a matrix for its slot, to be decoded later."""
         spec, (kind, axis) = self.specs[slot], SLOT_AXES[slot]
         assert spec is not None
-        key = position.key(self.name, slot, tokens=kind != "w")
-        packed = dispatch.quantize(matrix, spec, axis, key, self._encode_scale(kind, spec))
+        ((piece, key),) = self._pieces(slot, matrix, position)  # x, whose columns are one run
+        amax = self._amax(slot, matrix, position)
+        packed = dispatch.quantize(piece, spec, axis, key, self._encode_scale(kind, spec), amax)
         self._record(kind, spec, packed.amax)
         return packed
+
+    def _amax(self, slot: str, matrix: Tensor, position: StepContext) -> Tensor | None:
+        """The amax of a matrix of which ranks have parts, if its format scales by it; else None: found on the way."""
+        spec, (kind, axis), place = self.specs[slot], SLOT_AXES[slot], self.place
+        if place is None or kind not in place.split or spec is None or not spec.takes_amax or spec.amax_history:
+            return None
+        key = position.key(self.name, slot, tokens=kind != "w")
+        amax = dispatch.amax(matrix, spec, axis, key)
+        dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=place.group)
+        return amax
+
+    def _pieces(self, slot: str, matrix: Tensor, position: StepContext) -> list[tuple[Tensor, RandomKey]]:
+        """The matrix and its key; in pieces where stochastic rounding needs the numbers of features in several runs."""
+        spec, (kind, _), place = self.specs[slot], SLOT_AXES[slot], self.place
+        assert spec is not None
+        key = position.key(self.name, slot, tokens=kind != "w")
+        if place is None or spec.rounding != "stochastic":
+            return [(matrix, key)]
+        if kind == "w":
+            rows = matrix.split([count for _, count in place.outputs], 0)
+            firsts = [first for first, _ in place.outputs]
+            return [
+                (piece, replace(key, row=first, column=place.inputs[0]))
+                for piece, first in zip(rows, firsts, strict=True)
+            ]
+        runs = place.columns(kind)
+        columns = matrix.split([count for _, count in runs], 1)
+        return [(piece, replace(key, column=first)) for piece, (first, _) in zip(columns, runs, strict=True)]
 
     def decoded(self, spec: QuantSpec) -> torch.dtype:
         """Of an operand's numbers: what its GEMM multiplies in, if it holds them exactly."""
@@ -166,6 +229,31 @@ def _same_both_ways(specs: dict[str, QuantSpec | None]) -> bool:
     if one is None or one != other or one.hadamard or one.rounding == "stochastic":
         return False
     return one.block == "tensor" or isinstance(one.block, tuple) and one.block[0] == one.block[1]
+
+
+def place_problems(layer: LowPrecisionLinear) -> list[str]:
+    """What of the layer's quantization would differ from that of the whole matrix; empty if nothing would."""
+    place, found = layer.place, []
+    for slot, (kind, axis) in SLOT_AXES.items():
+        spec = layer.specs[slot]
+        if place is None or spec is None or kind not in place.split:
+            continue
+        along_features = kind == "w" or axis == -1
+        if spec.row_amax or along_features and (spec.block == "row" or spec.block == "tensor" and not spec.takes_amax):
+            found.append(f"{layer.name}: {slot} has scales of whole lines, of which each rank has a part; set tp to 1")
+            continue
+        down, across = block_of(spec, axis, 1, 1)
+        runs = {1: place.columns(kind), 0: place.outputs if kind == "w" else ()}
+        unit = {0: down, 1: across}
+        unit[axis % 2] = math.lcm(unit[axis % 2], spec.hadamard or 1)
+        for dimension, parts in runs.items():
+            if cut := [n for run in parts for n in run if n % unit[dimension]]:
+                found.append(
+                    f"{layer.name}: {slot} has blocks of {unit[dimension]} features, but a rank's part begins or ends "
+                    f"at {cut[0]}; choose a smaller parallel.tp, or sizes that divide"
+                )
+                break
+    return found
 
 
 class _Linear(torch.autograd.Function):
@@ -228,7 +316,9 @@ def _gemm(layer: LowPrecisionLinear, gemm: str, a: Operand, b: Operand, bias: Te
         for scale, turned in ((a.scale, gemm == "wgrad"), (b.scale, gemm == "fprop"))
         if scale is not None
     ]
-    out = layer.shared.wgrad_dtype if gemm == "wgrad" else layer.weight.dtype
+    out = layer.weight.dtype
+    if gemm == "wgrad":  # never rounded to less than an FP32 weight has
+        out = torch.promote_types(out, layer.shared.wgrad_dtype)
     exact = left.dtype == right.dtype == torch.bfloat16
     dtype = layer.shared.gemm_dtype if exact else torch.float32
     layer.count(gemm, str(dtype).removeprefix("torch."))

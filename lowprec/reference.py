@@ -183,7 +183,7 @@ def _quantized(x: Tensor, spec: QuantSpec, axis: Axis, inputs: Inputs, finish: F
     amax = _block_amax(x, block, ignore_nan=spec.scale == "e8m0" and spec.format.nan is not None)
     view = _to_blocks(x, block)
     whole = None
-    if spec.two_level or spec.block == "tensor" and spec.scale != "e8m0":
+    if spec.takes_amax:
         whole = _tensor_amax(amax, spec, axis, inputs.amax)
     if spec.four_over_six:
         assert whole is not None
@@ -216,6 +216,14 @@ def _quantized(x: Tensor, spec: QuantSpec, axis: Axis, inputs: Inputs, finish: F
     return _Rounded(blocks, raw, decode, whole, (rows, cols))
 
 
+def amax(x: Tensor, spec: QuantSpec, *, axis: Axis = -1, seed: RandomKey | None = None) -> Tensor:
+    """FP32 scalar: the largest magnitude of a matrix after the spec's rotation; NaN if it holds one."""
+    x = x.detach()
+    if spec.hadamard:
+        x = rotate(x, sign_vector(spec.hadamard, spec.signs, seed, x.device), axis)
+    return _block_amax(x, (max(x.shape[0], 1), max(x.shape[1], 1)), ignore_nan=False).reshape(())
+
+
 def checked(
     x: Tensor,
     spec: str | QuantSpec,
@@ -237,7 +245,7 @@ def checked(
     draws = resolved.rounding == "stochastic" or resolved.hadamard and resolved.signs in ("run", "call")
     if draws and seed is None:
         raise UsageError("stochastic rounding and random signs need a seed: pass seed=<int> or a RandomKey")
-    if amax is not None and not (resolved.two_level or resolved.block == "tensor" and resolved.scale != "e8m0"):
+    if amax is not None and not resolved.takes_amax:
         raise UsageError(f"amax is given, but {resolved.scale} scales of block {resolved.block!r} take none")
     if (encode_scale is not None) != (resolved.amax_history > 0):
         raise UsageError(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowprec.adamw import Hyper, Tally, Update
 from lowprec.codecs import Extent
-from lowprec.fragments import Fragment
+from lowprec.fragments import Fragment, Shard
 from lowprec.optim import OptimizerConfig
 from lowprec.philox import RandomKey
 
@@ -28,14 +28,14 @@ Gradient = Callable[[], Tensor]  # FP32 [count] of one fragment, decoded when it
 class Updater:
     """The optimizer of one rank. `updates` is AdamW's t: steps applied so far.
 
-    shapes: logical shape of every parameter of the model, whether this rank holds a part or not
+    shards: what the module here holds of every parameter, whether this rank updates a part of it or not
     device: of the states
-    group:  ranks over which parameters are partitioned; None: all held in full here
+    group:  ranks that hold parts of the same parameters; None: all held in full here
     seed:   of stochastic rounding
     """
 
     config: OptimizerConfig
-    shapes: Mapping[str, tuple[int, ...]]
+    shards: Mapping[str, Shard]
     device: torch.device
     group: dist.ProcessGroup | None = None
     seed: int = 0
@@ -50,14 +50,15 @@ class Updater:
         weight:  its master [count] if the engine holds one in FP32
         working: its working weights [count], from which another master is made
         """
-        shape = self.shapes[name]
+        shard = self.shards[name]
+        shape = shard.shape
         extent = Extent(shape, offset, working.numel())
         master = {"fp32": weight, "none": working}.get(self.update.master)
         if master is None:
             master = torch.zeros_like(working, dtype=torch.bfloat16 if self.update.master == "bf16" else torch.float16)
         states = self.update.allocate(extent, master)
         per = {kind: part.per for kind, part in self.update.parts(shape).items() if part.per != 1}
-        return Fragment(name, shape, offset, {"weight": master} | states, per, decay)
+        return Fragment(name, shape, offset, {"weight": master} | states, per, decay, shard)
 
     @torch.no_grad()
     def step(self, fragments: Sequence[Fragment], gradients: Sequence[Gradient], lr: float, grad_scale: float) -> Tally:
@@ -89,17 +90,25 @@ class Updater:
         )
         tally = Tally.nothing()
         for fragment, grad, own in jobs:
-            key = RandomKey(seed=self.seed, tensor=fragment.name, step=self.updates)
-            tally += self.update.apply(
+            found = self.update.apply(
                 fragment.extent,
                 fragment.tensors,
                 grad(),
                 own,
                 statistics.get(fragment.name),
-                key,
+                self._key(fragment),
                 measure=self.update.measured,
             )
+            if any(fragment.owned()):
+                tally += found
         return tally
+
+    def _key(self, fragment: Fragment) -> RandomKey:
+        """Of the random bits of this step's rounding, which follow the element's place in what the module holds."""
+        shard, name = fragment.shard, fragment.name
+        if shard is not None and shard.split:
+            name = f"{name}[{shard.runs[0].start},{shard.columns[0]}]"
+        return RandomKey(seed=self.seed, tensor=name, step=self.updates)
 
     @torch.no_grad()
     def set_weights(self, fragments: Sequence[Fragment], values: Callable[[Fragment], Tensor]) -> None:
@@ -114,14 +123,6 @@ class Updater:
         for fragment in fragments:
             self.update.set_weights(fragment.extent, fragment.tensors, wanted[fragment.name], shared.get(fragment.name))
 
-    def reduced(self, tally: Tally) -> Tally:
-        """The tally of all ranks. Collective over the group."""
-        if self.group is None:
-            return tally
-        sums = tally.sums.to(self.device)
-        dist.all_reduce(sums, group=self.group)
-        return Tally(sums)
-
     def _reduced(
         self,
         find: Callable[[], Mapping[str, Tensor | None]],
@@ -130,7 +131,7 @@ class Updater:
         dtype: torch.dtype = torch.float32,
     ) -> dict[str, Tensor]:
         """Each tensor's statistics, those of this rank from `find`, reduced over the ranks; {} if no tensor has any."""
-        lengths = {name: length(shape) for name, shape in sorted(self.shapes.items())}
+        lengths = {name: length(shard.shape) for name, shard in sorted(self.shards.items())}
         if not any(lengths.values()):
             return {}
         mine = {name: tensor for name, tensor in find().items() if tensor is not None}

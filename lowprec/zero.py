@@ -23,7 +23,8 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -32,9 +33,11 @@ import torch.distributed as dist
 from torch import nn
 
 from errors import UsageError
+from lowprec.adamw import Update
 from lowprec.codecs import UNIT
 from lowprec.collectives import parse_payload
-from lowprec.engine import Engine, PartitionedAdamW
+from lowprec.engine import Engine, PartitionedAdamW, SumGroups
+from lowprec.fragments import Shard
 from lowprec.gradients import GradientsConfig
 from lowprec.optim import OptimizerConfig
 from lowprec.patching import Patch, applied
@@ -132,14 +135,32 @@ def _optimizer_patch(plan: Plan) -> Patch:
     )
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How the model is spread beyond data parallelism.
+
+    mpu:      Megatron-style groups, as DeepSpeed asks for them
+    tensor:   the tensor-parallel group; None: parameters are whole
+    stage:    the ranks that hold parts of the same parameters, over data and tensor parallelism
+    pipeline: whether a pipeline schedule runs the backwards
+    tied:     the group of the two pipeline ranks that hold tied embeddings; None where this rank holds none, or both
+    """
+
+    mpu: Any
+    tensor: Any = None
+    stage: Any = None
+    pipeline: bool = False
+    tied: Any = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class ZeroPlan:
     """What `build_engine` needs beside the model.
 
     micro_batch:    samples a forward on one rank
     accumulation:   micro-batches a step
-    logical_shapes: name -> shape by which fragments speak of a parameter; by default that of the module
-    mpu:            Megatron-style groups; None when all ranks are data-parallel
+    shards:         name -> what of the logical parameter the module holds; by default all of it, in the module's shape
+    layout:         None when all ranks are data-parallel
     seed:           of stochastic rounding
     """
 
@@ -148,28 +169,39 @@ class ZeroPlan:
     gradients: GradientsConfig = field(default_factory=GradientsConfig)
     micro_batch: int
     accumulation: int
-    logical_shapes: Mapping[str, tuple[int, ...]] | None = None
-    mpu: Any = None
+    shards: Mapping[str, Shard] | None = None
+    layout: Layout | None = None
     seed: int = 0
 
 
-def build_engine(model: nn.Module, plan: ZeroPlan) -> Engine:
-    """Put `model` (on its device, working dtype) under ZeRO. The default process group must exist.
+def build_engine(parts: Sequence[nn.Module], plan: ZeroPlan) -> Engine:
+    """Put a model (on its device, working dtype) under ZeRO. The default process group must exist.
+
+    parts: the model, or the pipeline stages of it that this rank runs; their parameters have the whole model's names
 
     Raises PatchError when the installed DeepSpeed is not the one that this file was written against, UsageError for
     states that this layout cannot hold.
     """
-    parameters = dict(model.named_parameters())
+    model = parts[0] if len(parts) == 1 else nn.ModuleList(parts)
+    parameters = dict(pair for part in parts for pair in part.named_parameters())
     device = next(iter(parameters.values())).device
     if device.type == "cpu":
         set_accelerator(CPU_Accelerator())
-    for parameter in parameters.values():
+    for name, parameter in parameters.items():
         parameter.grad_dtype = torch.float32
-    shapes = plan.logical_shapes or {name: tuple(p.shape) for name, p in parameters.items()}
+        if plan.shards and plan.shards[name].split:
+            parameter.tensor_model_parallel = True  # DeepSpeed's own norm, at stage 3, counts other ones on one rank
+    shards = plan.shards or {name: Shard.of_whole(tuple(p.shape)) for name, p in parameters.items()}
+    _check_states(plan, {name: shards[name] for name in parameters})
     names = {id(parameter): name for name, parameter in parameters.items()}
-    updater = Updater(plan.optimizer, {name: shapes[name] for name in parameters}, device, seed=plan.seed)
-    stage = plan.zero.stage
-    data_parallel = dist.group.WORLD if plan.mpu is None else plan.mpu.get_data_parallel_group()
+    updater = Updater(plan.optimizer, {name: shards[name] for name in parameters}, device, seed=plan.seed)
+    stage, layout = plan.zero.stage, plan.layout
+    data_parallel = dist.group.WORLD if layout is None else layout.mpu.get_data_parallel_group()
+    dp = dist.get_world_size(data_parallel)
+    if layout is not None and layout.tensor is not None:
+        updater.group = layout.tensor if stage == 0 else layout.stage
+    elif stage > 0 and dp > 1:
+        updater.group = data_parallel
     ours = Plan(
         names=names,
         updater=updater,
@@ -177,22 +209,51 @@ def build_engine(model: nn.Module, plan: ZeroPlan) -> Engine:
         gather=plan.zero.gather,
         replicas=data_parallel if stage == 0 else None,
     )
-    ranks = 1 if stage == 0 else dist.get_world_size(data_parallel)
-    groups = _groups(parameters.values(), plan.optimizer, ranks=ranks, fill=stage < 3)
+    groups = _groups(parameters.values(), plan.optimizer, ranks=1 if stage == 0 else dp, fill=stage < 3)
     # It also prints, once a rank, that it built its shared-memory operator.
     with applied(_PATCH_ENGINE, _optimizer_patch(ours)), contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=PartitionedAdamW(groups, updater),
             config=_deepspeed_config(model, plan),
-            mpu=plan.mpu,
+            mpu=layout.mpu if layout else None,
             dist_init_required=False,
         )
     chosen = type(engine.optimizer).__name__
     wanted = "DeepSpeedZeroOptimizer_Stage3" if stage == 3 else "LowPrecisionZeroOptimizer"
     if chosen != wanted:
         raise RuntimeError(f"DeepSpeed chose {chosen}, not {wanted}")
-    return Engine(engine, names, updater)
+    sums = SumGroups(None if stage == 0 or dp == 1 else data_parallel, layout and layout.mpu.get_model_parallel_group())
+    made = Engine(engine, names, updater, sums)
+    if layout is not None and layout.pipeline:
+        made.run_by_schedule(parameters.get("embedding.weight") if layout.tied is not None else None, layout.tied)
+    return made
+
+
+def _check_states(plan: ZeroPlan, shards: Mapping[str, Shard]) -> None:
+    """Refuse states that a part of a parameter cannot have as the whole parameter would."""
+    storage: Update = plan.optimizer.storage
+    for name, shard in shards.items():
+        if not shard.split:
+            continue
+        parts, whole = storage.parts(shard.shape), storage.parts(shard.whole)
+        if [(key, part.per) for key, part in parts.items()] != [(key, part.per) for key, part in whole.items()]:
+            raise UsageError(
+                f"{name} has {math.prod(shard.shape)} elements on a rank, so few that its optimizer states would be "
+                "stored otherwise than unsharded ones; choose a smaller parallel.tp, or FP32 states"
+            )
+        if storage.sums_length(shard.shape) or any(part.per == 0 and part.length > 1 for part in parts.values()):
+            raise UsageError(
+                f"{name}: optimizer states of whole rows and columns (rank-1, factored) are not built for "
+                "parallel.tp above 1; choose block states, or tp 1"
+            )
+        if any(part.per > 1 for part in parts.values()) and not shard.multiples_of(UNIT):
+            raise UsageError(
+                f"{name}: parallel.tp cuts it within blocks of {UNIT} elements, by which its optimizer states are "
+                "stored; choose a smaller parallel.tp, sizes that divide, or states without blocks"
+            )
+    if plan.zero.stage == 3 and any(shard.split and not all(r.owned for r in shard.runs) for shard in shards.values()):
+        raise UsageError("zero.stage 3 with more tensor-parallel ranks than key/value heads is not built; use stage 2")
 
 
 def _groups(parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, ranks: int, fill: bool) -> list[dict]:
@@ -239,7 +300,7 @@ def _deepspeed_config(model: nn.Module, plan: ZeroPlan) -> dict[str, Any]:
             "stage": max(plan.zero.stage, 1),  # stage 0 is stage 1 over a group of one
             # A bucket is allocated whole: one larger than the model would only waste memory.
             "reduce_bucket_size": min(plan.zero.reduce_bucket, elements),
-            "overlap_comm": on_gpu,
+            "overlap_comm": on_gpu and not (plan.layout and plan.layout.pipeline),
             "contiguous_gradients": True,
         },
     }

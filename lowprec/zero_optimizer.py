@@ -41,7 +41,7 @@ class Plan:
     """What the optimizer is told beside DeepSpeed's own arguments.
 
     names:    id of a parameter -> its name
-    updater:  of this rank; its group is set when the real one is known
+    updater:  of this rank
     gather:   payload of the updated weights' all-gather, or "exact"
     replicas: stage 0: the group over which gradients are averaged; else None
     """
@@ -88,8 +88,6 @@ class LowPrecisionZero(_Base):
             dp_process_group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         super().__init__(*args, dp_process_group=dp_process_group, **kwargs)
         self.updater = self.plan.updater
-        shared = self.plan.replicas is None and dist.get_world_size(dp_process_group) > 1
-        self.updater.group = dp_process_group if shared else None
         self.payload = parse_payload(self.plan.gradients.payload)
         self.mu = 1.0 if self.payload.automatic else None
         # Micro-batches add up in our stores wherever gradients are not reduced at once.
@@ -172,6 +170,34 @@ class LowPrecisionZero(_Base):
         super().reduce_independent_p_g_buckets_and_remove_grads(param, i)
         if self.use_grad_accum_attribute and param.numel() <= self.reduce_bucket_size:  # it is in the bucket now
             self._accumulators.pop(self.get_param_id(param), None)
+
+    # Under a pipeline schedule, which runs backwards that the base class knows nothing of
+    def accumulate_by_hooks(self, tied: Any, group: Any) -> None:
+        """Let every gradient go to its store at once, and no more; `tied`: see Engine.run_by_schedule."""
+        self._tied = (tied, group)
+        for hook in self._grad_acc_hooks:
+            hook.remove()
+        self._grad_acc_hooks.clear()
+        for param in (param for params in self.bit16_groups for param in params):
+            self._grad_acc_hooks.append(param.register_post_accumulate_grad_hook(self._fill_param_grad_accum_attribute))
+        self.set_gradient_accumulation_boundary(True)
+
+    def accumulate(self, param: Any, gradient: Tensor) -> None:
+        """Add a micro-batch's gradient to the parameter's store."""
+        self._accumulators[self.get_param_id(param)].add(gradient)
+
+    def reduce_accumulated(self) -> None:
+        """Reduce what all micro-batches of the step have added up; tied copies first add up over their two ranks."""
+        tied, group = self._tied
+        if tied is not None:
+            store = self._accumulators[self.get_param_id(tied)]
+            total = store.read()
+            dist.all_reduce(total, group=group)
+            store.clear()
+            store.add(total)
+        self.setup_buckets()
+        self.reduce_gradients()
+        self.ready_for_gradients = False
 
     # Reduction
     def _gradient_reduction_buffer_dtype(self) -> torch.dtype:
@@ -293,8 +319,11 @@ class LowPrecisionZero(_Base):
 
     def _norm(self) -> float:
         """L2 norm of the whole gradient; not finite if any rank's gradient is not."""
-        squares = [torch.linalg.vector_norm(p.store.read(), dtype=torch.float64).square() for p in self.pieces]
-        total = torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=self.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for piece in self.pieces:
+            gradient = piece.store.read()
+            for owned in piece.fragment.owned():
+                total += torch.linalg.vector_norm(gradient[owned], dtype=torch.float64).square()
         dist.all_reduce(total, group=self.dp_process_group)
         self._model_parallel_all_reduce(tensor=total, op=dist.ReduceOp.SUM)
         return float(total.sqrt())

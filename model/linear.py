@@ -2,7 +2,7 @@
 
 A BF16 GEMM accumulates in FP32 and rounds once. Many CPUs have no BF16 instructions, and there the library's BF16 GEMM
 is 3 to 70 times slower than its FP32 one; converting the operands (exact), multiplying in FP32 and rounding the result
-is the same computation up to the order of additions. `run.build` measures which is faster and says it as `gemm_dtype`.
+is the same computation up to the order of additions. `report.flops` knows which CPUs, and `run.build` says it as `gemm_dtype`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gemm_dtype: to
 
 
 class Linear(nn.Linear):
-    """nn.Linear with `linear`'s gemm_dtype."""
+    """nn.Linear with `linear`'s gemm_dtype. skip_bias: whoever uses the output adds the bias."""
+
+    skip_bias = False
 
     def __init__(
         self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, gemm_dtype: torch.dtype | None
@@ -33,4 +35,4 @@ class Linear(nn.Linear):
         self.gemm_dtype = gemm_dtype
 
     def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias, self.gemm_dtype)
+        return linear(input, self.weight, None if self.skip_bias else self.bias, self.gemm_dtype)

@@ -29,12 +29,12 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def logical_shape(config: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape in which checkpoints and shardings speak of a parameter: fused rows as their own dimensions.
 
-    qkv is [kv_heads, q_per_kv + 2, head_size, ...], gate_up is [2, ffn, ...]; same elements in the same order.
+    The weight of qkv is [kv_heads, q_per_kv + 2, head_size, hidden], that of gate_up [2, ffn, hidden]; same elements in
+    the same order. A bias is a vector.
     """
-    module = name.rpartition(".")[0]
-    if module.endswith(".qkv"):
+    if name.endswith(".qkv.weight"):
         return (config.kv_heads, config.q_per_kv + 2, config.head_size, *shape[1:])
-    if module.endswith(".gate_up"):
+    if name.endswith(".gate_up.weight"):
         return (2, config.ffn_size, *shape[1:])
     return shape
 

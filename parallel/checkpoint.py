@@ -23,7 +23,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +34,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from errors import CheckpointError
+from lowprec.fragments import Shard
 from parallel import catalog, dcp
 from parallel.agree import Ranks
 from parallel.dcp_index import INDEX_FILE, read_index, tensors
@@ -77,12 +77,13 @@ class Fragment(Protocol):
     """A contiguous part of one parameter, and of its optimizer states, as the optimizer holds them.
 
     name: logical name of the parameter.
-    shape: logical shape of the whole parameter.
-    offset: first element of the part in the row-major flattened parameter.
+    shape: logical shape of the parameter, or of what `shard` says of it.
+    offset: first element of the part in the row-major flattened tensor of `shape`.
     tensors: kind ("weight": the master if there is one, "exp_avg", ...) -> contiguous vector of the part's elements.
         `save` reads these tensors and `load` writes into them: they are views of live memory.
     per: kind -> elements of the parameter for each item of its vector, where that is not 1: the vector then belongs to
         one of ceil(elements / per) items, or with 0 it is a whole one, which every holder of the parameter has.
+    shard: which part of the parameter `shape` is; None: all of it. What it does not own, another rank saves.
     """
 
     @property
@@ -95,6 +96,8 @@ class Fragment(Protocol):
     def tensors(self) -> Mapping[str, Tensor]: ...
     @property
     def per(self) -> Mapping[str, int]: ...
+    @property
+    def shard(self) -> Shard | None: ...
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,8 @@ def save(
     state: dcp.State = {}
 
     def gather() -> dict[str, tuple[int, ...]]:
-        state.update(_state(fragments) | _own_state(own or {}, ranks.rank))
-        return {fragment.name: tuple(fragment.shape) for fragment in fragments}
+        state.update(_state(fragments, owned=True) | _own_state(own or {}, ranks.rank))
+        return {part.name: part.shard.whole if part.shard else tuple(part.shape) for part in fragments}
 
     def prepare(per_rank: list[dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
         catalog.begin(root, step)
@@ -159,21 +162,19 @@ def save(
         raise
 
 
-def _state(fragments: Sequence[Fragment]) -> dcp.State:
-    """Views of the fragments' memory, keyed as in the checkpoint."""
+def _state(fragments: Sequence[Fragment], *, owned: bool = False) -> dcp.State:
+    """Views of the fragments' memory, keyed as in the checkpoint. owned: without what other ranks save."""
     state: dcp.State = {}
     for fragment in fragments:
+        shard = fragment.shard or Shard.of_whole(tuple(fragment.shape))
         for kind, tensor in fragment.tensors.items():
-            shape, offset = tuple(fragment.shape), fragment.offset
-            if (per := fragment.per.get(kind, 1)) != 1:
-                shape, offset = _counted(shape, per, tensor), offset // per if per else 0
-            state.setdefault(f"{kind}/{fragment.name}", dcp.Shards(shape)).add(tensor, offset)
+            per = fragment.per.get(kind, 1)
+            place = dcp.Place.of(shard, per, tensor.numel())
+            shards = dcp.Shards(place.shape)
+            shards.add(tensor, fragment.offset // per if per else 0, place, owned=owned)
+            if shards.boxes:
+                state.setdefault(f"{kind}/{fragment.name}", shards).boxes.update(shards.boxes)
     return state
-
-
-def _counted(shape: tuple[int, ...], per: int, tensor: Tensor) -> tuple[int]:
-    """Shape of the whole of a tensor that has an item for every `per` elements of a parameter of `shape`."""
-    return (-(-math.prod(shape) // per) if per else tensor.numel(),)
 
 
 def _own_state(own: Mapping[str, Tensor], rank: int) -> dcp.State:
@@ -367,7 +368,7 @@ def _empty(checkpoint: Checkpoint, wanted: Callable[[str], bool]) -> dict[str, T
 def _whole(tensor: Tensor) -> dcp.Shards:
     """A contiguous tensor as the only box of itself."""
     shards = dcp.Shards(tuple(tensor.shape))
-    shards.add(tensor.view(-1), 0)
+    shards.add(tensor.view(-1), 0, dcp.Place.of(Shard.of_whole(tuple(tensor.shape)), 1, tensor.numel()))
     return shards
 
 

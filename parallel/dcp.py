@@ -19,6 +19,7 @@ import math
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,6 +45,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from errors import CheckpointError
+from lowprec.codecs import UNIT
+from lowprec.fragments import Shard, matrix_shape
 from parallel import dcp_index
 from parallel.agree import Ranks, describe, summary
 from parallel.rectangles import rectangles, stored_shape
@@ -53,6 +56,42 @@ from parallel.rectangles import rectangles, stored_shape
 WRITER_THREADS = 2
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a rank's tensor lies in the stored one.
+
+    shape: logical shape of the stored tensor; local: that of the rank's
+    runs:  (first row, rows, owned) of the rank's rows among those of `stored_shape(shape)`
+    first: its first column
+    """
+
+    shape: tuple[int, ...]
+    local: tuple[int, ...]
+    runs: tuple[tuple[int, int, bool], ...]
+    first: int = 0
+
+    @classmethod
+    def of(cls, shard: Shard, per: int, length: int) -> Place:
+        """Of a tensor with an item for every `per` elements of a parameter, or (0) of `length` items for all of it.
+
+        Items of several elements are stored as a matrix where its rows are whole UNITs, so that a part of the columns
+        is a rectangle; else as a vector.
+        """
+        runs = [(run.start, run.rows, run.owned) for run in shard.runs]
+        if per == 0:
+            return cls((length,), (length,), ((0, length, any(owned for *_, owned in runs)),))
+        if per == 1:
+            return cls(shard.whole, shard.shape, tuple(runs), shard.columns[0])
+        rows, columns = matrix_shape(shard.whole)
+        first, width = shard.columns
+        if columns % UNIT == 0:
+            shape, local = (rows, columns // per), (matrix_shape(shard.shape)[0], width // per)
+            return cls(shape, local, tuple(runs), first // per)
+        assert width == columns, "parts of columns are whole units: refused by lowprec.zero"
+        items = [(start * width // per, -(-count * width // per), owned) for start, count, owned in runs]
+        return cls((-(-rows * columns // per),), (sum(count for _, count, _ in items),), tuple(items))
+
+
 class Shards:
     """The boxes of one logical tensor that this rank holds, as views of the memory that they live in."""
 
@@ -60,11 +99,20 @@ class Shards:
         self.shape = shape
         self.boxes: dict[torch.Size, Tensor] = {}
 
-    def add(self, flat: Tensor, offset: int) -> None:
-        """Add elements `[offset, offset + numel)` of the row-major tensor, given as a contiguous vector."""
-        for box in rectangles(self.shape, offset, offset + flat.numel()):
-            view = flat.detach()[box.start : box.stop].view(box.sizes)
-            self.boxes[torch.Size(box.offsets)] = view
+    def add(self, flat: Tensor, offset: int, place: Place, *, owned: bool = False) -> None:
+        """Add elements `[offset, offset + numel)` of this rank's tensor at `place`, given as a contiguous vector.
+
+        owned: leave out what is another rank's to save.
+        """
+        for box in rectangles(place.local, offset, offset + flat.numel()):
+            view, low = flat.detach()[box.start : box.stop].view(box.sizes), box.offsets[0]
+            at = 0  # of the run, among this rank's rows
+            for start, rows, mine in place.runs:
+                first, last = max(low, at), min(low + box.sizes[0], at + rows)
+                if first < last and (mine or not owned):
+                    columns = [place.first + column for column in box.offsets[1:]]
+                    self.boxes[torch.Size([start + first - at, *columns])] = view[first - low : last - low]
+                at += rows
 
     def size(self) -> torch.Size:
         """The stored shape; DCP compares it with the checkpoint's."""

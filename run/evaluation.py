@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from data.loader import SampleStream
-from lowprec.engine import Engine
 from parallel.mesh import Mesh
+from run.local import Local
 
 
 def _units(count: int, micro_batch: int) -> list[tuple[list[int], int]]:
@@ -33,18 +33,24 @@ def _share(units: list[tuple[list[int], int]], mesh: Mesh) -> Iterator[tuple[lis
 
 @torch.no_grad()
 def validation_loss(
-    engine: Engine, stream: SampleStream, samples: int, micro_batch: int, mesh: Mesh, device: torch.device
+    local: Local, stream: SampleStream, samples: int, micro_batch: int, mesh: Mesh, device: torch.device
 ) -> float:
     """Mean cross-entropy [nats a token] of the first `samples` sequences of `stream`. Collective over the mesh."""
     total = torch.zeros((), dtype=torch.float64)
-    engine.module.eval()
+    for part in local.parts:
+        part.eval()
     try:
         for indices, weight in _share(_units(samples, micro_batch), mesh):
             batch = stream.batch(indices).to(device)
-            loss = engine(batch.tokens, batch.labels, batch.positions, batch.document_ids)
-            total += weight * loss.cross_entropy.double().cpu()
+            if local.pipeline is not None:
+                loss = local.pipeline.evaluate(batch)
+            else:
+                loss = local.engine(batch.tokens, batch.labels, batch.positions, batch.document_ids).cross_entropy
+            if loss is not None and mesh.tp_rank == 0:
+                total += weight * loss.double().cpu()
     finally:
-        engine.module.train()
+        for part in local.parts:
+            part.train()
     total = total.to(device)
-    dist.all_reduce(total, group=mesh.dp_group)
+    dist.all_reduce(total)
     return float(total) / samples

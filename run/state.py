@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +25,7 @@ from parallel.mesh import Mesh
 from recipe import Recipe, to_dict
 from report.metrics import StepRecord, ValidationRecord
 from run.evaluation import validation_loss
+from run.local import Local, stage_layers
 from run.records import Records
 from run.schedules import lr_factor
 from run.signals import StopRequest
@@ -38,8 +41,7 @@ class Run:
     mesh: Mesh
     device: torch.device
     data: Data
-    engine: Engine
-    precision: Precision
+    local: Local
     records: Records
     signals: StopRequest
     step: int = 0
@@ -47,6 +49,14 @@ class Run:
     stop_agreed: bool = False
     validated: float | None = None
     receipted: bool = False  # whether this process has said what its first step ran in
+
+    @property
+    def engine(self) -> Engine:
+        return self.local.engine
+
+    @property
+    def precision(self) -> Precision:
+        return self.local.precision
 
     def __enter__(self) -> Run:
         return self
@@ -68,26 +78,42 @@ class Run:
         if news := self.precision.begin_step(self.step):
             self.records.message(news)
 
-    def micro_batches(self) -> Iterator[Batch]:
-        """This rank's micro-batches of the next step, dealt out over the ranks as Megatron-LM does."""
+    def micro_batches(self) -> Iterator[tuple[int, Batch]]:
+        """This rank's micro-batches of the next step, each with the global row of its first token.
+
+        They are dealt out over the data-parallel ranks as Megatron-LM does.
+        """
         train, mesh = self.recipe.train, self.mesh
         for first in range(mesh.dp_rank * train.micro_batch, train.global_batch, mesh.dp * train.micro_batch):
             start = self.samples + first
-            self.precision.at(first * train.seq_len)
-            yield self.data.train.batch(range(start, start + train.micro_batch)).to(self.device)
+            yield first * train.seq_len, self.data.train.batch(range(start, start + train.micro_batch)).to(self.device)
+
+    def forward_backward(self) -> list[Tensor]:
+        """All micro-batches of the next step; their cross-entropies, on ranks that have the logits."""
+        if self.local.pipeline is not None:
+            return self.local.pipeline.step(self.micro_batches())
+        losses = []
+        for row, batch in self.micro_batches():
+            self.precision.at(row)
+            loss = self.engine(batch.tokens, batch.labels, batch.positions, batch.document_ids)
+            self.engine.backward(loss.loss)
+            losses.append(loss.cross_entropy.detach())
+        return losses
 
     def finish_step(self, losses: Sequence[Tensor], lr: float, update: StepResult, began: float) -> StepRecord:
         """Advance the position; agree over all ranks on the loss and on stopping. `began` on perf_counter's clock."""
-        self.precision.end_step(self.mesh.dp_group)
+        self.precision.end_step(self.mesh.stage_group)
         if not self.receipted:
             self.precision.check_ran()
-            self.records.receipt(self.step + 1, self.precision.receipt(), self.precision.unquantized())
+            self.records.receipt(self.step + 1, *self._receipt())
             self.records.memory(self.step + 1, self.engine.memory(), self.engine.parameters)
             self.receipted = True
         self.step += 1
         self.samples += self.recipe.train.global_batch
-        mine = torch.stack([torch.stack(list(losses)).double().mean(), self._asked_to_stop()])
-        dist.all_reduce(mine, group=self.mesh.dp_group)
+        counted = losses and self.mesh.tp_rank == 0
+        loss = torch.stack(list(losses)).double().mean() if counted else self._number(0.0)
+        mine = torch.stack([loss, self._number(self.signals.name is not None)])
+        dist.all_reduce(mine)
         self.stop_agreed = bool(mine[1])
         norm = self.engine.parameter_norm()
         return self.records.step_record(
@@ -100,8 +126,24 @@ class Run:
             seconds=time.perf_counter() - began,
         )
 
-    def _asked_to_stop(self) -> Tensor:
-        return torch.tensor(float(self.signals.name is not None), dtype=torch.float64, device=self.device)
+    def _number(self, value: float) -> Tensor:
+        return torch.tensor(float(value), dtype=torch.float64, device=self.device)
+
+    def _receipt(self) -> tuple[dict[str, int], list[str]]:
+        """GEMMs run and linears not quantized, of all pipeline stages. Collective over the pipeline."""
+        mine = self.precision.receipt(), self.precision.unquantized()
+        if self.mesh.pp == 1:
+            return mine
+        everyone: list[Any] = [None] * self.mesh.pp
+        dist.all_gather_object(everyone, mine, group=self.mesh.pp_group)
+        gemms: Counter[str] = sum((Counter(counts) for counts, _ in everyone), Counter())
+        return dict(sorted(gemms.items())), [name for _, names in everyone for name in names]
+
+    def layout(self) -> dict[str, object]:
+        """What decides which rank holds what: ranks of another layout cannot take over each other's own states."""
+        mesh, zero = self.mesh, self.recipe.zero
+        stages = stage_layers(self.recipe)
+        return {"dp": mesh.dp, "tp": mesh.tp, "pp": mesh.pp, "stages": list(stages), "zero": zero.stage}
 
     def stop_reason(self) -> str | None:
         """Why the run stops at this step edge, the same decision on all ranks; None to go on."""
@@ -118,7 +160,7 @@ class Run:
         count = min(self.recipe.eval.samples or stream.num_samples, stream.num_samples)
         micro_batch = self.recipe.train.micro_batch
         self.begin_step()  # validation sees the weights as they are after the last update
-        self.validated = validation_loss(self.engine, stream, count, micro_batch, self.mesh, self.device)
+        self.validated = validation_loss(self.local, stream, count, micro_batch, self.mesh, self.device)
         tokens = self.samples * self.recipe.train.seq_len
         self.records.validation(
             ValidationRecord(step=self.step, tokens=tokens, samples=self.samples, validation_loss=self.validated)
@@ -137,7 +179,7 @@ class Run:
             )
 
     def fragments(self) -> list[Fragment]:
-        """Everything that a checkpoint holds of this rank; amax histories are the same on all ranks."""
+        """Everything that a checkpoint holds of this rank; amax histories are the same on all ranks of a stage."""
         amaxes = self.precision.state().items()
         return [
             *self.engine.fragments(),
@@ -152,6 +194,7 @@ class Run:
             "updates": self.engine.updates,
             "data": self.data.hashes(),
             "precision": self.precision.table(),
+            "layout": self.layout(),
             "gemm_dtype": str(self.precision.shared.gemm_dtype).removeprefix("torch."),
         }
         where = checkpoint.save(
@@ -160,7 +203,6 @@ class Run:
             self.fragments(),
             meta,
             own=random_states(self.device) | self.engine.own_states(),
-            group=self.mesh.dp_group,
             keep=self.recipe.checkpoint.keep,
         )
         self.records.message(f"saved {where}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowprec.fragments import Shard
 from parallel.checkpoint import load, newest, save
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -30,6 +31,7 @@ class Piece:
     offset: int
     tensors: dict[str, Tensor]
     per: dict[str, int] = field(default_factory=dict)
+    shard: Shard | None = None
 
 
 def truth(seed: int = 0, shapes: dict[str, tuple[int, ...]] = SHAPES) -> dict[str, dict[str, Tensor]]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+from tests.spawn import SERVED
 
 ROOT = Path(__file__).parent.parent
 TINY = """
@@ -42,15 +46,38 @@ def environment() -> dict[str, str]:
 def train(
     recipe: Path | str, *arguments: str, ranks: int = 1, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end; output is captured. Raises TimeoutExpired."""
-    return subprocess.run(
-        command(recipe, *arguments, ranks=ranks),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment(),
-        cwd=ROOT,
-    )
+    """Run to the end; output is captured. Raises TimeoutExpired.
+
+    A single process is forked from the server that has everything imported; several come from a real torchrun.
+    """
+    words = command(recipe, *arguments, ranks=ranks)
+    if ranks == 1:
+        return _served(words, timeout)
+    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment(), cwd=ROOT)
+
+
+def _served(words: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "stdout"), Path(folder, "stderr")
+        process = SERVED.Process(target=_run_script, args=(words[1:], environment(), *output))
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(words, timeout)
+        return subprocess.CompletedProcess(words, process.exitcode, *(path.read_text() for path in output))
+
+
+def _run_script(argv: list[str], variables: dict[str, str], stdout: Path, stderr: Path) -> None:
+    """`python *argv` in this process."""
+    os.environ.update(variables)
+    os.chdir(ROOT)
+    for path, descriptor in ((stdout, 1), (stderr, 2)):
+        with path.open("wb") as file:
+            os.dup2(file.fileno(), descriptor)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
 
 
 def steps(run_dir: Path) -> list[dict]:

@@ -7,8 +7,9 @@
 
     assert run_ranks(work, 4, 10) == [60, 60, 60, 60]
 
-Each rank is a spawned process (never forked: the parent may hold OpenMP threads) with one CPU thread and an
-initialised default process group. The ranks meet at a file, not at a port, so parallel test runs cannot collide.
+Each rank is a process with one CPU thread and an initialised default process group. It is forked from a server that
+has done nothing but import the project (`SERVED`): a fork of pytest would inherit OpenMP threads, and a process from
+nothing would import for six seconds. The ranks meet at a file, not at a port, so parallel test runs cannot collide.
 When a rank fails, the others would wait for it until their own timeout: the parent collects what arrives within
 a short grace, kills its own processes and raises `RankError` with the traceback of every rank that reported one.
 """
@@ -30,6 +31,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+SERVED = multiprocessing.get_context("forkserver")
+SERVED.set_forkserver_preload(["train"])
 GRACE_S = 1.0  # how long the tracebacks of the other ranks may follow the first one
 
 
@@ -43,14 +46,13 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     `fn`, `args` and the results are pickled. `timeout` [s] bounds the whole call, process start included, and each
     collective. Raises RankError.
     """
-    context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         meeting = f"file://{Path(folder) / 'rendezvous'}"
         pipes: dict[Connection, int] = {}
         processes = []
         for rank in range(world_size):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(
+            receiver, sender = SERVED.Pipe(duplex=False)
+            process = SERVED.Process(
                 target=_rank_main,
                 args=(sender, meeting, rank, world_size, timeout, fn, args),
                 daemon=True,

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoint_case import Piece
 from convert import to_hf
 from data.tokenizer import train_sentencepiece
 from model.config import ModelConfig
@@ -17,6 +16,7 @@ from model.init import initial_values, initialize
 from model.transformer import Transformer
 from model.weights import logical_shape, parameter_shapes
 from parallel.checkpoint import save
+from tests.checkpoint_case import Piece
 
 transformers = pytest.importorskip("transformers")
 

@@ -44,7 +44,7 @@ class Model(nn.Module):
 
 def build(name: str, **config) -> tuple[Model, Precision]:
     model = Model()
-    precision = Precision(model, preset(name), PrecisionConfig(policy=name, **config), FACTS)
+    precision = Precision([model], preset(name), PrecisionConfig(policy=name, **config), FACTS)
     precision.begin_step(5)
     precision.at(64)
     return model, precision
@@ -174,7 +174,7 @@ def test_schedule_switches_gemms_at_their_step():
     tree = recipes.merge(TINY, {"precision": {"policy": "nvfp4"} | config})
     precision_config = recipes.from_dict(tree, "test").precision
     model = Model()
-    precision = Precision(model, preset("nvfp4"), precision_config, FACTS)
+    precision = Precision([model], preset("nvfp4"), precision_config, FACTS)
     assert precision.begin_step(81) is None
     layer = precision.layers["layers.0.mlp"]
     assert layer.slots.quantized and layer.specs["fprop.a"] is not None
@@ -183,7 +183,7 @@ def test_schedule_switches_gemms_at_their_step():
     assert precision.begin_step(90) is not None and not layer.slots.quantized
     x = torch.randn(16, 128).bfloat16()
     assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
-    resumed = Precision(Model(), preset("nvfp4"), precision_config, FACTS)
+    resumed = Precision([Model()], preset("nvfp4"), precision_config, FACTS)
     resumed.begin_step(95)
     assert not resumed.layers["layers.0.mlp"].slots.quantized
 
@@ -265,7 +265,7 @@ def test_transformer_engine_linear(factory, scheme, dtype):
     model = nn.ModuleDict({"linear": linear})
     policy = parse({"schemes": {"te": scheme}, "rules": [{"match": "*", "use": "te"}]}, "te")
     output = "bf16" if dtype == "bf16" else "fp32"
-    precision = Precision(model, policy, PrecisionConfig(wgrad_output=output), FACTS)
+    precision = Precision([model], policy, PrecisionConfig(wgrad_output=output), FACTS)
     precision.begin_step(0)
     x.requires_grad_()
     y = model["linear"](x)
@@ -312,4 +312,4 @@ def test_two_formats_cannot_share_one_amax_history():
     scheme = {"fprop": {"a": delayed}, "wgrad": {"b": {**delayed, "spec": "fp8_e5m2"}}}
     policy = parse({"schemes": {"s": scheme}, "rules": [{"match": "*", "use": "s"}]}, "test")
     with pytest.raises(UsageError, match="one amax history of x"):
-        Precision(Model(), policy, PrecisionConfig(policy="mine"), FACTS)
+        Precision([Model()], policy, PrecisionConfig(policy="mine"), FACTS)

@@ -93,7 +93,7 @@ def test_logical_shapes():
     config = replace(CONFIG, bias=True)
     shapes = {n: logical_shape(config, n, s) for n, s in parameter_shapes(config).items()}
     assert shapes["layers.1.attention.qkv.weight"] == (2, 4, 8, 24)
-    assert shapes["layers.1.attention.qkv.bias"] == (2, 4, 8)
+    assert shapes["layers.1.attention.qkv.bias"] == (64,)
     assert shapes["layers.0.mlp.gate_up.weight"] == (2, 40, 24)
-    assert shapes["layers.0.mlp.gate_up.bias"] == (2, 40)
+    assert shapes["layers.0.mlp.gate_up.bias"] == (80,)
     assert shapes["layers.0.attention.out.weight"] == (24, 32)

@@ -57,7 +57,7 @@ def test_rotation_is_complex_multiplication():
 def test_grouped_attention_is_plain_attention_with_repeated_heads():
     """The block's attention from its own weights, head by head, with an explicit softmax."""
     model = build(position="none")
-    attention, x = model.layers[0].attention, torch.randn(1, 6, 32)
+    attention, x = model.layers["0"].attention, torch.randn(1, 6, 32)
     weight = attention.qkv.weight.view(2, 4, 8, 32)  # [K, G + 2, D, hidden]
     heads = []
     for head in range(4):
@@ -170,7 +170,7 @@ def test_compiled_blocks_have_one_graph_and_the_same_gradients(recompute):
     tokens, ids = some_tokens(), torch.arange(12).div(5, rounding_mode="floor").expand(2, 12)
     for inputs in ({}, {"document_ids": ids}):
         model = build(recompute=recompute, z_loss=1e-3)
-        for block in model.layers:
+        for block in model.layers.values():
             block.compile(fullgraph=True)
         model.cross_entropy.compile(fullgraph=True)
         want = gradients(build(z_loss=1e-3), tokens, **inputs)

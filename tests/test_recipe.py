@@ -117,7 +117,10 @@ def test_overrides_win(write, spelling):
         ("train.global_batch=9", ["9", "not divisible", "train.micro_batch 2"]),
         ("train.stop_at=9", ["train.stop_at is 9", "train.steps (4)"]),
         ("model.num_kv_heads=3", ["num_heads 2 is not divisible by num_kv_heads 3"]),
-        ("parallel.tp=2", ["parallel.tp is 2", "set parallel.tp=1"]),
+        ("parallel.tp=2", ["parallel.tp x parallel.pp = 2 x 1", "1 processes", "multiple of 2"]),
+        ("parallel.ep=2", ["parallel.ep is 2", "only 1 is built"]),
+        ("parallel.sp=true", ["parallel.sp is true", "parallel.tp 1"]),
+        ("parallel.stages_per_rank=2", ["parallel.stages_per_rank is 2", "parallel.pp 1"]),
         ("data.validation=0.9", ["data.validation"]),
         ("schedule.warmup=100", ["schedule.warmup (100 steps)", "train.steps (4)"]),
         ("checkpoint.keep=0", ["checkpoint.keep is 0"]),
@@ -157,3 +160,33 @@ def test_any_override_is_accepted_or_refused_with_a_message(key, value):
         recipes.from_dict(recipes.override({"name": "x"} | recipes.load_yaml(MINIMAL, "t"), f"{key}={value}"), "t")
     except UsageError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "overrides", "words"),
+    [
+        (2, "parallel.tp=2 model.ffn_size=63", ["model.ffn_size 63", "parallel.tp 2"]),
+        (2, "parallel.tp=2 model.vocab_size=65", ["model.vocab_size 65", "parallel.tp 2"]),
+        (2, "parallel.tp=2 parallel.sp=true train.seq_len=15", ["train.seq_len 15", "parallel.tp 2"]),
+        (4, "parallel.tp=4 model.num_heads=12 model.num_kv_heads=3 model.head_dim=4", ["num_kv_heads 3", "tp 4"]),
+        (2, "parallel.pp=2", ["2 stages of 1 blocks"]),
+        (2, "parallel.pp=2 model.num_layers=4 parallel.stage_layers=[1,2]", ["stage_layers has 3 blocks", "model 4"]),
+        (2, "parallel.pp=2 parallel.stage_layers=[1]", ["stage_layers names 1 stages", "there are 2"]),
+        (2, "parallel.pp=2 parallel.schedule=zbv parallel.stages_per_rank=3", ["stages_per_rank is 3", "zbv has 2"]),
+        (
+            2,
+            "parallel.pp=2 parallel.schedule=zbv model.num_layers=4 train.micro_batch=4",
+            ["zbv", "2 micro-batches", "at least 4"],
+        ),
+        (
+            3,
+            "parallel.pp=3 parallel.schedule=interleaved_1f1b model.num_layers=6",
+            ["interleaved_1f1b", "a multiple of pp, 3"],
+        ),
+        (2, "parallel.pp=2 model.num_layers=4 zero.stage=2", ["zero.stage 2", "parallel.pp 2", "0 or 1"]),
+    ],
+)
+def test_layouts_that_cannot_be_are_refused(write, ranks, overrides, words):
+    message = _refusal(write(MINIMAL), tuple(overrides.split()), world_size=ranks)
+    for word in words:
+        assert word in message

@@ -92,7 +92,7 @@ def _exact_rank(rank: int, stage: int, accumulation: int) -> dict[str, list]:
     torch.manual_seed(0)
     config = OptimizerConfig(lr=1.0, betas=(0.0, 0.0), weight_decay=0.0, clip=0.0)
     plan = ZeroPlan(zero=ZeroConfig(stage=stage), optimizer=config, micro_batch=1, accumulation=accumulation)
-    engine = build_engine(ExactToy(), plan)
+    engine = build_engine([ExactToy()], plan)
     x = torch.ones(1, 3, dtype=torch.bfloat16, requires_grad=True)
     for _ in range(accumulation):
         # the engine divides the loss by the micro-batches; this Function ignores its incoming gradient
@@ -105,7 +105,7 @@ def _train_rank(rank: int, stage: int, world: int, dtype: torch.dtype, batch: in
     config = OptimizerConfig(lr=0.05, clip=0.5)
     zero = ZeroConfig(stage=stage, reduce_bucket=1024)
     engine = build_engine(
-        Toy(dtype), ZeroPlan(zero=zero, optimizer=config, micro_batch=2, accumulation=batch // world // 2)
+        [Toy(dtype)], ZeroPlan(zero=zero, optimizer=config, micro_batch=2, accumulation=batch // world // 2)
     )
     _fill(engine, 1)
     _fill(engine, 0)  # the second one must replace the first wholly
@@ -202,7 +202,7 @@ def test_bf16_stages_agree_with_each_other(outcomes):
 def _missing_rank(rank: int) -> str:
     model = Toy()
     model.unused = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
-    engine = build_engine(model, simple_plan(1))
+    engine = build_engine([model], simple_plan(1))
     engine.backward(engine(torch.ones(1, 6, dtype=torch.bfloat16)))
     try:
         engine.step(lr=0.1)
@@ -217,7 +217,7 @@ def test_parameter_without_gradient_is_an_error():
 
 
 def _nan_rank(rank: int, stage: int) -> tuple:
-    engine = build_engine(Toy(), simple_plan(stage))
+    engine = build_engine([Toy()], simple_plan(stage))
     _fill(engine, 1)
     before = _gather(engine)
     x = torch.ones(1, 6, dtype=torch.bfloat16)
@@ -250,7 +250,7 @@ def _drifted_rank(rank: int) -> str:
 
     upstream.DeepSpeedZeroOptimizer = Drifted
     try:
-        build_engine(Toy(), simple_plan(0))
+        build_engine([Toy()], simple_plan(0))
     except PatchError as error:
         assert upstream.DeepSpeedZeroOptimizer is Drifted  # nothing was left substituted
         return str(error)

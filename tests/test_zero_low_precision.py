@@ -50,7 +50,7 @@ def engine_of(
         accumulation=accumulation,
         seed=3,
     )
-    engine = build_engine(Wide(torch.bfloat16), plan)
+    engine = build_engine([Wide(torch.bfloat16)], plan)
 
     def values(fragment):
         whole = torch.randn(fragment.shape, generator=torch.Generator().manual_seed(len(fragment.name))).flatten()

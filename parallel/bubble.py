@@ -1,0 +1,110 @@
+"""How long a pipeline schedule takes, and how much of it ranks wait: simulated from the times of its stages."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from parallel.mesh import SINGLE, ParallelConfig, Schedule
+from parallel.pipeline import SCHEDULES, rank_of, stages_of
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one stage for one micro-batch: forward, backward of the input, backward of the weights."""
+
+    forward: float
+    backward_input: float
+    backward_weight: float
+
+
+def simulate(config: ParallelConfig, micro_batches: int, times: Sequence[Times], transfer: float = 0.0) -> float:
+    """Seconds of one step under a schedule, from the times of each stage.
+
+    transfer: seconds that a tensor travels between two ranks. The order of every rank's work is torch's own; a rank
+    works on one thing at a time and starts the next as soon as its input is there.
+    """
+    orders = _orders(config.schedule, config.pp, config.stages, micro_batches)
+    done: dict[tuple[str, int, int], float] = {}
+    clocks, at = dict.fromkeys(orders, 0.0), dict.fromkeys(orders, 0)
+    while any(at[rank] < len(orders[rank]) for rank in orders):
+        moved = False
+        for rank, order in orders.items():
+            while at[rank] < len(order):
+                kind, stage, batch = order[at[rank]]
+                start = _ready(kind, stage, batch, config, done, rank, transfer)
+                if start is None:
+                    break
+                clocks[rank] = max(clocks[rank], start) + _duration(kind, times[stage])
+                done[kind, stage, batch] = clocks[rank]
+                at[rank], moved = at[rank] + 1, True
+        assert moved, "the schedule waits for itself"
+    return max(clocks.values())
+
+
+def bubble(config: ParallelConfig, micro_batches: int, times: Sequence[Times], transfer: float = 0.0) -> float:
+    """Share of the ranks' time in a step in which they have nothing to do."""
+    total = simulate(config, micro_batches, times, transfer)
+    work = micro_batches * sum(time.forward + time.backward_input + time.backward_weight for time in times)
+    return 1.0 - work / (config.pp * total)
+
+
+def _duration(kind: str, times: Times) -> float:
+    parts = {"F": times.forward, "I": times.backward_input, "W": times.backward_weight}
+    return parts["I"] + parts["W"] if kind == "B" else parts[kind]
+
+
+def _ready(
+    kind: str, stage: int, batch: int, config: ParallelConfig, done: dict, rank: int, transfer: float
+) -> float | None:
+    """When the input of a piece of work is there; None: not yet known."""
+    if kind == "W":
+        return done.get(("I", stage, batch))
+    if kind == "F":
+        sources, neighbour = [("F", stage - 1, batch)], stage - 1
+        if stage == 0:
+            return 0.0
+    else:
+        neighbour = stage + 1
+        sources = [("B", neighbour, batch), ("I", neighbour, batch)]
+        if stage == config.stages - 1:
+            sources, neighbour = [("F", stage, batch)], stage
+    found = next((done[source] for source in sources if source in done), None)
+    if found is None:
+        return None
+    return found + (transfer if rank_of(neighbour, config) != rank else 0.0)
+
+
+@functools.cache
+def _orders(schedule: Schedule, pp: int, stages: int, micro_batches: int) -> dict[int, list[tuple[str, int, int]]]:
+    """Each rank's work in order: (F, B, I or W; stage; micro-batch), from torch's schedules."""
+    found: dict[int, list[tuple[str, int, int]]] = {}
+    for rank, actions in _pipeline_order(schedule, pp, stages, micro_batches).items():
+        found[rank] = []
+        for action in (action for action in actions if action is not None):
+            for each in action.sub_actions or (action,):
+                if (kind := each.computation_type.value) in "FBIW":
+                    found[rank].append((kind, each.stage_index, each.microbatch_index))
+    return found
+
+
+class _Fake:
+    """What a schedule asks of a stage when it only plans."""
+
+    def __init__(self, index: int, stages: int, rank: int, pp: int) -> None:
+        self.stage_index, self.num_stages, self.group_rank, self.group_size = index, stages, rank, pp
+        self.is_first, self.is_last = index == 0, index == stages - 1
+        self.submod, self.device, self.dw_builder, self.has_backward = nn.Identity(), torch.device("cpu"), None, True
+        self.stage_index_to_group_rank: dict[int, int] = {}
+
+
+def _pipeline_order(schedule: Schedule, pp: int, stages: int, micro_batches: int) -> dict[int, list]:
+    config = ParallelConfig(pp=pp, schedule=schedule, stages_per_rank=None if schedule in SINGLE else stages // pp)
+    fakes: list[Any] = [_Fake(index, stages, 0, pp) for index in stages_of(0, config)]
+    made = SCHEDULES[schedule](fakes[0] if schedule in SINGLE else fakes, micro_batches, loss_fn=lambda y, _: y)
+    return made._get_pipeline_order() if schedule in SINGLE else made.pipeline_order

@@ -1,0 +1,240 @@
+"""This rank's part of the model: built on the meta device, sharded, in its precision, under ZeRO and the pipeline.
+
+    recipe -> stages of this rank -> tensor-parallel shards -> memory -> low precision -> communication -> ZeRO
+           -> pipeline schedule
+
+No rank ever holds the whole model, and initial weights are the same for every layout: they are drawn by name and
+element (model/init.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lowprec.apply import Precision, RunFacts
+from lowprec.engine import Engine
+from lowprec.fragments import Fragment, Shard, matrix_shape
+from lowprec.linear import Place
+from lowprec.zero import Layout, ZeroPlan, build_engine
+from model.init import initial_range
+from model.transformer import Transformer
+from model.weights import load_initial_weights, logical_shape, parameter_shapes
+from parallel import tensor
+from parallel.mesh import SPLIT_BACKWARD, Mesh, Mpu
+from parallel.pipeline import Callbacks, Hidden, Pipeline, balance, stage_range, stages_of
+from recipe import Recipe, load_policy
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Local:
+    """parts: the model, or this rank's stages of it; pipeline: None without pipeline parallelism."""
+
+    parts: Sequence[Transformer]
+    precision: Precision
+    engine: Engine
+    pipeline: Pipeline | None
+
+
+def build_local(recipe: Recipe, mesh: Mesh, device: torch.device, gemm_dtype: torch.dtype) -> Local:
+    """Everything of the model on this rank, weights not yet filled in. Collective over the mesh."""
+    parts = _parts(recipe, mesh, gemm_dtype)
+    tp = tensor.TensorParallel.of(mesh, recipe.parallel.sp)
+    held = _shards(recipe, mesh, parts, tp)
+    tensor.shard(parts, held, tp)
+    for part in parts:
+        part.to_empty(device=device)
+    _tie(parts)
+    precision = _precision(recipe, mesh, parts, held, gemm_dtype)
+    tensor.connect(parts, held, tp)
+    if should_compile(recipe, device):
+        compile_parts(parts)
+    engine = build_engine(parts, _zero_plan(recipe, mesh, held))
+    return Local(parts, precision, engine, _pipeline(recipe, mesh, device, parts, precision, engine))
+
+
+def stage_layers(recipe: Recipe) -> tuple[int, ...]:
+    """Blocks of each pipeline stage: as the recipe says, or balanced by their FLOPs."""
+    config, model = recipe.parallel, recipe.model
+    if config.stage_layers is not None:
+        return config.stage_layers
+    block = model.hidden_size * (model.qkv_size + model.q_size + model.up_size + model.ffn_size)
+    block += model.q_size * recipe.train.seq_len
+    return balance(model.num_layers, config.stages, (0.0, model.hidden_size * model.vocab_size / block))
+
+
+def _parts(recipe: Recipe, mesh: Mesh, gemm_dtype: torch.dtype) -> list[Transformer]:
+    """This rank's stages, on the meta device, unsharded."""
+    counts, stages = stage_layers(recipe), recipe.parallel.stages
+    with torch.device("meta"):
+        return [
+            Transformer(
+                recipe.model,
+                recipe.train.z_loss,
+                gemm_dtype,
+                blocks=stage_range(stage, counts),
+                first=stage == 0,
+                last=stage == stages - 1,
+            )
+            for stage in stages_of(mesh.pp_rank, recipe.parallel)
+        ]
+
+
+def _shards(recipe: Recipe, mesh: Mesh, parts: Sequence[Transformer], tp: tensor.TensorParallel) -> dict[str, Shard]:
+    """What this rank holds of each of its parameters."""
+    here = {name for part in parts for name, _ in part.named_parameters()}
+    shapes = {
+        name: logical_shape(recipe.model, name, shape)
+        for name, shape in parameter_shapes(recipe.model).items()
+        if name in here
+    }
+    held = tensor.shards(shapes, tp)
+    if _second_copy(mesh, parts):
+        held["embedding.weight"] = held["embedding.weight"].disowned()
+    return held
+
+
+def _second_copy(mesh: Mesh, parts: Sequence[Transformer]) -> bool:
+    """Whether the embedding here is a copy for the logits, which another rank owns."""
+    return mesh.pp > 1 and hasattr(parts[-1], "embedding") and not parts[0].first
+
+
+def _tie(parts: Sequence[Transformer]) -> None:
+    """One embedding for the first and the last stage, where one rank has both."""
+    first, last = parts[0], parts[-1]
+    if first is not last and first.first and hasattr(last, "embedding"):
+        last.embedding = first.embedding
+
+
+def _precision(
+    recipe: Recipe, mesh: Mesh, parts: Sequence[Transformer], held: dict[str, Shard], gemm_dtype: torch.dtype
+) -> Precision:
+    train = recipe.train
+    with torch.device("meta"):
+        whole = Transformer(recipe.model)
+    linears = [name for name, module in whole.named_modules() if isinstance(module, nn.Linear)]
+    facts = RunFacts(
+        seed=train.seed,
+        steps=train.steps,
+        tokens_per_step=train.global_batch * train.seq_len,
+        keep_weights=recipe.zero.stage < 3,
+        gemm_dtype=gemm_dtype,
+        swap_all=mesh.pp > 1 and recipe.parallel.schedule in SPLIT_BACKWARD,
+        linears=linears,
+        places={name: place for name in linears if (place := _place(f"{name}.weight", held, mesh))},
+    )
+    precision = Precision(parts, load_policy(recipe.precision.policy), recipe.precision, facts)
+    for part in parts:
+        part.recompute_context = precision.recompute_context
+    return precision
+
+
+def _place(weight: str, held: dict[str, Shard], mesh: Mesh) -> Place | None:
+    """Where a linear's matrices lie among the tensor-parallel ranks'; None if it is whole, or not here."""
+    shard = held.get(weight)
+    if shard is None or not shard.split:
+        return None
+    by_rows = shard.columns[1] == matrix_shape(shard.whole)[1]
+    split = frozenset({"w", "dy"} if by_rows else {"w", "x"})
+    return Place(tuple((run.start, run.rows) for run in shard.runs), shard.columns, split, mesh.tp_group)
+
+
+def _zero_plan(recipe: Recipe, mesh: Mesh, held: dict[str, Shard]) -> ZeroPlan:
+    train, layout = recipe.train, None
+    if mesh.sharded:
+        tied = mesh.pp > 1 and recipe.model.tied_embeddings and "embedding.weight" in held
+        both = recipe.parallel.stages - 1 in stages_of(0, recipe.parallel)
+        layout = Layout(
+            Mpu(mesh),
+            tensor=mesh.tp_group if mesh.tp > 1 else None,
+            stage=mesh.stage_group,
+            pipeline=mesh.pp > 1,
+            tied=mesh.tied_group if tied and not both else None,
+        )
+    return ZeroPlan(
+        zero=recipe.zero,
+        optimizer=recipe.optimizer,
+        gradients=recipe.gradients,
+        micro_batch=train.micro_batch,
+        accumulation=train.global_batch // (train.micro_batch * mesh.dp),
+        shards=held,
+        layout=layout,
+        seed=train.seed,
+    )
+
+
+def _pipeline(
+    recipe: Recipe,
+    mesh: Mesh,
+    device: torch.device,
+    parts: Sequence[Transformer],
+    precision: Precision,
+    engine: Engine,
+) -> Pipeline | None:
+    if mesh.pp == 1:
+        return None
+    train, config = recipe.train, recipe.parallel
+    sequence = train.seq_len // mesh.tp if config.sp else train.seq_len
+    hidden = Hidden(train.micro_batch, sequence, recipe.model.hidden_size, DTYPES[recipe.model.dtype], device)
+    if config.schedule in SPLIT_BACKWARD:
+        precision.shared.deferred = []
+    callbacks = Callbacks(at=precision.at, queue=precision.shared.deferred, add=engine.add_gradient)
+    return Pipeline(config, mesh, parts, hidden, train.global_batch // (train.micro_batch * mesh.dp), callbacks)
+
+
+def initial_weights(recipe: Recipe) -> Callable[[Fragment], Tensor]:
+    """Fragment -> its initial FP32 values: from model.init_from, or drawn from the seed."""
+    given = None
+    if recipe.model.init_from:
+        given = load_initial_weights(Path(recipe.model.init_from), recipe.model)
+
+    def whole(name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
+        if given is not None:
+            return given[name].flatten()[start:stop].float()
+        return initial_range(recipe.model, recipe.train.seed, name, shape, start, stop)
+
+    def values(fragment: Fragment) -> Tensor:
+        shard, stop = fragment.shard, fragment.offset + fragment.extent.count
+        if shard is None or not shard.split:
+            return whole(fragment.name, fragment.shape, fragment.offset, stop)
+        width, (first, columns) = matrix_shape(shard.whole)[1], shard.columns
+        pieces, at = [], 0
+        for run in shard.runs:  # the rows of this run that the fragment touches, then what it has of them
+            low, high = max(fragment.offset, at), min(stop, at + run.rows * columns)
+            if low < high:
+                top, bottom = (low - at) // columns, -(-(high - at) // columns)
+                rows = whole(fragment.name, shard.whole, (run.start + top) * width, (run.start + bottom) * width)
+                part = rows.view(-1, width)[:, first : first + columns].reshape(-1)
+                pieces.append(part[low - at - top * columns : high - at - top * columns])
+            at += run.rows * columns
+        return torch.cat(pieces)
+
+    return values
+
+
+def should_compile(recipe: Recipe, device: torch.device) -> bool:
+    """Whether train.compile asks for torch.compile, or leaves it to us and it can work here."""
+    if recipe.train.compile != "auto":
+        return recipe.train.compile
+    if recipe.zero.stage == 3:  # gathers weights in module hooks, which a compiled region would not run
+        return False
+    return device.type == "cuda" or any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++"))
+
+
+def compile_parts(parts: Sequence[Transformer]) -> None:
+    """Compile one code for all blocks, and the loss. Names and parameters stay as they are."""
+    blocks = [block for part in parts for block in part.layers.values()]
+    block_forward = torch.compile(type(blocks[0]).forward, dynamic=False)
+    for block in blocks:
+        block.forward = functools.partial(block_forward, block)
+    for part in parts:
+        if part.last:
+            part.cross_entropy.compile(dynamic=False)
