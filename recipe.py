@@ -28,8 +28,8 @@ from lowprec.optim import OptimizerConfig
 from lowprec.policy import Policy, PrecisionConfig, parse
 from lowprec.zero import ZeroConfig
 from model.config import ModelConfig
-from parallel.checkpoint import CheckpointConfig
 from parallel.mesh import ParallelConfig, Sizes
+from parallel.saver import CheckpointConfig, ResumeConfig
 from report.metrics import MetricsConfig
 from strict_yaml import load_yaml, merge, override
 
@@ -161,6 +161,7 @@ class Recipe:
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 

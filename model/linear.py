@@ -2,7 +2,8 @@
 
 A BF16 GEMM accumulates in FP32 and rounds once. Many CPUs have no BF16 instructions, and there the library's BF16 GEMM
 is 3 to 70 times slower than its FP32 one; converting the operands (exact), multiplying in FP32 and rounding the result
-is the same computation up to the order of additions. `report.flops` knows which CPUs, and `run.build` says it as `gemm_dtype`.
+is the same computation up to the order of additions. `report.flops` knows which CPUs, and
+`run.build` says it as `gemm_dtype`.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,31 +47,6 @@ log = logging.getLogger(__name__)
 META_FILE = "meta.json"
 OWN = "own"
 WEIGHT = "weight"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When checkpoints are saved and how many are kept.
-
-    interval: steps between checkpoints; the last step is saved too; 0: no checkpoints at all.
-    keep: how many of the newest checkpoints stay on disk.
-    """
-
-    interval: int = 0
-    keep: int = 3
-
-    def problems(self) -> list[str]:
-        """What is wrong with the values, as messages for the user; empty if nothing is."""
-        found = []
-        if self.interval < 0:
-            found.append(f"interval is {self.interval}; use a number of steps, or 0 for no checkpoints")
-        if self.keep < 1:
-            found.append(f"keep is {self.keep}; at least 1 checkpoint must stay")
-        return found
-
-    def due(self, step: int, last_step: int) -> bool:
-        """Whether a checkpoint is to be saved after `step` of a run that ends with `last_step`."""
-        return self.interval > 0 and (step % self.interval == 0 or step == last_step)
 
 
 class Fragment(Protocol):
@@ -398,3 +374,9 @@ def _logical(checkpoint: Checkpoint, key: str, size: tuple[int, ...]) -> tuple[i
 
 def _brief(entry: tuple[tuple[int, ...] | None, torch.dtype] | None) -> str:
     return "not at all" if entry is None else f"{str(entry[1]).removeprefix('torch.')} {list(entry[0] or ())}"
+
+
+if __name__ == "__main__":
+    from parallel.commands import main
+
+    raise SystemExit(main(sys.argv[1:]))

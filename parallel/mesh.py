@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch.distributed as dist
 
@@ -208,7 +208,7 @@ def build_mesh(config: ParallelConfig, rank: int | None = None, world_size: int 
 
 def _mine(members: Iterable[list[int]]) -> dist.ProcessGroup | None:
     """Make every group, in the same order on all ranks; return the one that this rank is in."""
-    mine = None
+    mine: Any = None
     for ranks in members:
         group = dist.new_group(ranks)
         if dist.get_rank() in ranks:

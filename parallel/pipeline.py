@@ -137,7 +137,7 @@ class Pipeline:
         self,
         config: ParallelConfig,
         mesh: Mesh,
-        parts: Sequence[nn.Module],
+        parts: Sequence[Any],
         hidden: Hidden,
         micro_batches: int,
         callbacks: Callbacks,

@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -128,7 +129,7 @@ def shards(shapes: Mapping[str, tuple[int, ...]], tp: TensorParallel) -> dict[st
     return held
 
 
-def shard(parts: Sequence[nn.Module], held: Mapping[str, Shard], tp: TensorParallel) -> None:
+def shard(parts: Sequence[Any], held: Mapping[str, Shard], tp: TensorParallel) -> None:
     """Give every parameter of the plan its local shape; values are lost: they are filled in later."""
     if tp.size == 1:
         return
@@ -147,12 +148,12 @@ def shard(parts: Sequence[nn.Module], held: Mapping[str, Shard], tp: TensorParal
             _parent(parts, name).q_per_kv = held[f"{name}.weight"].shape[1] - 2
 
 
-def _parent(parts: Sequence[nn.Module], name: str) -> nn.Module:
+def _parent(parts: Sequence[Any], name: str) -> Any:
     parent = name.rpartition(".")[0]
     return next(part.get_submodule(parent) for part in parts if parent in dict(part.named_modules()))
 
 
-def connect(parts: Sequence[nn.Module], held: Mapping[str, Shard], tp: TensorParallel) -> None:
+def connect(parts: Sequence[Any], held: Mapping[str, Shard], tp: TensorParallel) -> None:
     """Put the communication around the sharded modules, and add up gradients that every rank has only a part of."""
     if tp.size == 1:
         return
@@ -174,7 +175,7 @@ def connect(parts: Sequence[nn.Module], held: Mapping[str, Shard], tp: TensorPar
 
 
 def _enter(tp: TensorParallel) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    function = comm.gather_sequence if tp.sp else comm.copy
+    function: Any = comm.gather_sequence if tp.sp else comm.copy
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return function(inputs[0], tp.group), *inputs[1:]
@@ -183,7 +184,7 @@ def _enter(tp: TensorParallel) -> Callable[[nn.Module, tuple[Tensor, ...]], tupl
 
 
 def _leave(tp: TensorParallel, bias: Tensor | None) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-    function = comm.scatter_sequence if tp.sp else comm.reduce
+    function: Any = comm.scatter_sequence if tp.sp else comm.reduce
 
     def hook(_: nn.Module, __: tuple[Tensor, ...], y: Tensor) -> Tensor:
         y = function(y, tp.group)

@@ -27,7 +27,8 @@ class VocabularyEmbedding(nn.Module):
         local = tokens - self.rank * self.weight.shape[0]
         mine = (local >= 0) & (local < self.weight.shape[0])
         x = nn.functional.embedding(local.where(mine, 0), self.weight) * mine.unsqueeze(-1)
-        return (comm.scatter_sequence if self.sp else comm.reduce)(x, self.group)
+        add_up: Any = comm.scatter_sequence if self.sp else comm.reduce
+        return add_up(x, self.group)
 
 
 class VocabularyCrossEntropy(nn.Module):

@@ -21,6 +21,7 @@ from lowprec import kernels
 from lowprec.policy import HIGH
 from parallel import checkpoint
 from parallel.mesh import build_mesh
+from parallel.saver import Saver
 from recipe import Recipe, to_dict
 from report.flops import faster_gemm, find_peak
 from report.manifest import Start
@@ -71,12 +72,15 @@ def build(
         devices=mesh.world_size,
         device=device,
     )
-    run = Run(recipe, mesh, device, data, local, Records(recipe, scale), stop)
+    saver = Saver(Path(recipe.run.dir), recipe.checkpoint)
+    run = Run(recipe, mesh, device, data, local, Records(recipe, scale), saver, stop)
     _restore(run, start, allow_precision_change)
     if mesh.rank == 0:
         _open_records(run, launch, start, resume, wandb_mode)
         run.records.message(f"peak {scale.peak}; {scale.flops_per_token / 1e6:.1f} MFLOP a token")
         run.records.message(f"precision policy {recipe.precision.policy}\n{run.precision.describe()}")
+    if start is not None:
+        run.prove_resume(start)
     return run
 
 

@@ -8,14 +8,33 @@ forward gathers weights and all ranks must take part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from data.loader import SampleStream
+from data.stream import Batch
 from parallel.mesh import Mesh
 from run.local import Local
+
+
+class Samples(Protocol):
+    """Sequences by index."""
+
+    def batch(self, indices: Sequence[int]) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Samples from `first` on, numbered from 0."""
+
+    stream: Samples
+    first: int
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        return self.stream.batch([self.first + index for index in indices])
 
 
 def _units(count: int, micro_batch: int) -> list[tuple[list[int], int]]:
@@ -33,7 +52,7 @@ def _share(units: list[tuple[list[int], int]], mesh: Mesh) -> Iterator[tuple[lis
 
 @torch.no_grad()
 def validation_loss(
-    local: Local, stream: SampleStream, samples: int, micro_batch: int, mesh: Mesh, device: torch.device
+    local: Local, stream: Samples, samples: int, micro_batch: int, mesh: Mesh, device: torch.device
 ) -> float:
     """Mean cross-entropy [nats a token] of the first `samples` sequences of `stream`. Collective over the mesh."""
     total = torch.zeros((), dtype=torch.float64)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -17,14 +17,16 @@ from torch import Tensor
 from data.baseline import interpolated_bigram_cross_entropy
 from data.loader import Data
 from data.stream import Batch
+from errors import CheckpointError
 from lowprec.apply import Precision
 from lowprec.engine import Engine, StepResult
 from lowprec.fragments import Fragment
 from parallel import checkpoint
 from parallel.mesh import Mesh
+from parallel.saver import Saver
 from recipe import Recipe, to_dict
 from report.metrics import StepRecord, ValidationRecord
-from run.evaluation import validation_loss
+from run.evaluation import Replayed, validation_loss
 from run.local import Local, stage_layers
 from run.records import Records
 from run.schedules import lr_factor
@@ -43,6 +45,7 @@ class Run:
     data: Data
     local: Local
     records: Records
+    saver: Saver
     signals: StopRequest
     step: int = 0
     samples: int = 0
@@ -64,8 +67,10 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.records.close()
         if error is None:  # after an error, others may never come to a collective again
+            self.saver.finish()
+        self.records.close()
+        if error is None:
             dist.barrier()
             dist.destroy_process_group()
 
@@ -197,15 +202,36 @@ class Run:
             "layout": self.layout(),
             "gemm_dtype": str(self.precision.shared.gemm_dtype).removeprefix("torch."),
         }
-        where = checkpoint.save(
-            Path(self.recipe.run.dir),
-            self.step,
-            self.fragments(),
-            meta,
-            own=random_states(self.device) | self.engine.own_states(),
-            keep=self.recipe.checkpoint.keep,
-        )
-        self.records.message(f"saved {where}")
+        if self.recipe.resume.verify:
+            meta["replay"] = self.replay()
+        own = random_states(self.device) | self.engine.own_states()
+        self.saver.save(self.step, self.fragments(), meta, own, lambda path: self.records.message(f"saved {path}"))
+
+    def replay(self) -> float:
+        """The loss of the weights as they are on the batch of the step before. Collective."""
+        count, micro_batch = self.recipe.train.global_batch, self.recipe.train.micro_batch
+        self.begin_step()
+        batch = Replayed(self.data.train, self.samples - count)
+        return validation_loss(self.local, batch, count, micro_batch, self.mesh, self.device)
+
+    def prove_resume(self, start: checkpoint.Checkpoint) -> None:
+        """Replay what `start` noted when it was saved; CheckpointError if it is not the same. Collective."""
+        if not self.recipe.resume.verify:
+            return
+        saved = start.meta.get("replay")
+        if saved is None:
+            raise CheckpointError(
+                f"resume.verify is true, but {start.path} was saved without it; resume once with resume.verify=false"
+            )
+        found = self.replay()
+        same = start.meta["layout"] == self.layout() and start.meta["recipe"]["device"] == self.recipe.device
+        if not math.isclose(found, saved, rel_tol=0.0 if same else 0.01):
+            raise CheckpointError(
+                f"{start.path}: the loss of its weights on the batch of step {start.step} was {saved!r} when it was "
+                f"saved and is {found!r} now ({'same layout: they must be equal' if same else 'limit: 1 %'}); the "
+                "data, the machine or the code are not those of the saved run"
+            )
+        self.records.message(f"replayed the batch of step {start.step}: loss {found:.6f}, saved {saved:.6f}")
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

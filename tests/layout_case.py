@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from data.stream import Batch
-from lowprec.fragments import Fragment
+from parallel.checkpoint import load, newest, save
 from parallel.mesh import build_mesh
 from recipe import Recipe, from_dict, override
 from run.local import Local, build_local, initial_weights
@@ -94,8 +95,19 @@ class Case:
         losses, norms = (list(values) for values in zip(*pairs, strict=True))
         return Outcome(losses, norms, self.local.engine.parameter_norm())
 
-    def fragments(self) -> list[Fragment]:
-        return self.local.engine.fragments()
+    def save(self, folder: Path, step: int) -> None:
+        engine = self.local.engine
+        save(folder, step, engine.fragments(), {"updates": engine.updates}, own=engine.own_states())
+
+    def load(self, folder: Path) -> int:
+        """Continue from the newest checkpoint; returns its step."""
+        start = newest(folder)
+        assert start is not None
+        own = load(start, self.local.engine.fragments())
+        self.local.engine.updates = start.meta["updates"]
+        self.local.engine.refresh_weights()
+        self.local.engine.restore_own_states(own)
+        return start.step
 
 
 def train_cases(rank: int, cases: list[tuple[str, ...]], steps: int) -> list[Outcome]:

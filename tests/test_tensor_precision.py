@@ -77,11 +77,11 @@ def compare_slices(rank: int, cases: list[tuple[str, str, tuple[int, ...], bool]
         sizes = {"x": (TOKENS, k), "w": (n, k), "dy": (TOKENS, n)}
         matrices = {key: torch.randn(size, generator=generator).exp2().bfloat16() for key, size in sizes.items()}
         position = replace(whole.shared.position, row=640)
-        for slot, (kind, axis) in SLOT_AXES.items():
+        for slot, (kind, _) in SLOT_AXES.items():
             want = whole.operand(slot, matrices[kind], position)
             mine = cut(matrices[kind], kind, shard).contiguous()
             got = part.operand(slot, mine, position)
-            equal = torch.equal(got.values, cut_operand(want.values, kind, shard))
+            equal = torch.equal(got.values, cut(want.values, kind, shard))
             if want.scale is not None and want.scale.ndim == 0:
                 equal &= torch.equal(got.scale, want.scale)
             if slot == "wgrad.b" and part.specs[slot] is not None:  # what is saved, packed
@@ -89,11 +89,6 @@ def compare_slices(rank: int, cases: list[tuple[str, str, tuple[int, ...], bool]
             if not equal:
                 wrong.append(f"{policy} {module} {slot} random={random}")
     return wrong
-
-
-def cut_operand(values: Tensor, kind: str, shard: Shard) -> Tensor:
-    """A rotation along tokens pads rows; they are the same on all ranks."""
-    return cut(values, kind, shard)
 
 
 def _cases(ranks: int) -> list[tuple[str, str, tuple[int, ...], bool]]:
@@ -117,5 +112,3 @@ def test_blocks_that_would_be_cut_are_refused(policy, logical, word):
     place = Place(((0, logical[0]),), shard.columns, frozenset({"w", "x"}), None)
     layer = layer_of(module, (logical[0], shard.columns[1]), slots_of(policy, module), place)
     assert any(word in problem and module in problem for problem in place_problems(layer))
-
-
