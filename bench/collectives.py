@@ -16,21 +16,15 @@ take for the bytes beside the time measured here. Numbers are those of rank 0:
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import tempfile
 from collections.abc import Callable
 from functools import partial
-from multiprocessing.queues import Queue
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from bench.common import interleaved, parser, report
+from bench.common import Figures, interleaved, on_ranks, parser, report
 from lowprec.collectives import all_gather, reduce_scatter
 from lowprec.payload import PAYLOADS
-
-Figures = dict[str, float | int | str]
 
 
 def measure(rank: int, options: argparse.Namespace) -> Figures:
@@ -66,15 +60,6 @@ def measure(rank: int, options: argparse.Namespace) -> Figures:
     return figures
 
 
-def _rank(rank: int, meeting: str, options: argparse.Namespace, results: Queue[Figures]) -> None:
-    torch.set_num_threads(options.threads)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=options.ranks)
-    figures = measure(rank, options)
-    if rank == 0:
-        results.put(figures)
-    dist.destroy_process_group()
-
-
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--elements", type=int, default=1 << 23, help="of the gradient; a multiple of 16 * ranks")
@@ -87,20 +72,7 @@ def main() -> None:
     arguments = options.parse_args()
     if arguments.elements % (16 * arguments.ranks):
         raise SystemExit(f"--elements is {arguments.elements}; use a multiple of {16 * arguments.ranks}")
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        results = context.Queue()
-        meeting = f"file://{Path(folder) / 'rendezvous'}"
-        processes = [
-            context.Process(target=_rank, args=(rank, meeting, arguments, results)) for rank in range(arguments.ranks)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        if any(process.exitcode for process in processes):
-            raise SystemExit(f"ranks ended with {[process.exitcode for process in processes]}")
-        report(results.get(), arguments.json)
+    report(on_ranks(measure, arguments.ranks, arguments.threads, arguments), arguments.json)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.queues import Queue
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+Figures = dict[str, float | int | str]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -33,7 +41,7 @@ def interleaved(variants: dict[str, Callable[[], object]], repetitions: int) -> 
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def report(figures: dict[str, float | int | str], json_target: str | None) -> None:
+def report(figures: Figures, json_target: str | None) -> None:
     """Print figures as a table, and write them as JSON to a file; or with "-" print the JSON
     alone."""
     if json_target == "-":
@@ -44,3 +52,39 @@ def report(figures: dict[str, float | int | str], json_target: str | None) -> No
         print(f"{name:<{width}}  {f'{value:,.4g}' if isinstance(value, float) else value}")
     if json_target:
         Path(json_target).write_text(json.dumps(figures) + "\n")
+
+
+def on_ranks(
+    measure: Callable[[int, argparse.Namespace], Figures], ranks: int, threads: int, options: argparse.Namespace
+) -> Figures:
+    """`measure(rank, options)` on so many gloo processes of so many threads; the figures of rank 0."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        results: Queue[Figures] = context.Queue()
+        meeting = f"file://{Path(folder) / 'rendezvous'}"
+        arguments = (meeting, ranks, threads, measure, options, results)
+        processes = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(ranks)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        if any(process.exitcode for process in processes):
+            raise SystemExit(f"ranks ended with {[process.exitcode for process in processes]}")
+        return results.get()
+
+
+def _rank(
+    rank: int,
+    meeting: str,
+    ranks: int,
+    threads: int,
+    measure: Callable[[int, argparse.Namespace], Figures],
+    options: argparse.Namespace,
+    results: Queue[Figures],
+) -> None:
+    torch.set_num_threads(threads)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
+    figures = measure(rank, options)
+    if rank == 0:
+        results.put(figures)
+    dist.destroy_process_group()

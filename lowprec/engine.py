@@ -144,7 +144,8 @@ class Engine:
 
     def add_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Accumulate what autograd did not: a weight gradient of a split backward, as it left its GEMM."""
-        for hook in (parameter._backward_hooks or {}).values():
+        hooks: dict[int, Any] = parameter._backward_hooks or {}
+        for hook in hooks.values():
             gradient = hook(gradient)  # sums over tensor-parallel ranks
         self._engine.optimizer.accumulate(parameter, gradient)
         self._touched.add(id(parameter))

@@ -190,7 +190,9 @@ def build_engine(parts: Sequence[nn.Module], plan: ZeroPlan) -> Engine:
     for name, parameter in parameters.items():
         parameter.grad_dtype = torch.float32
         if plan.shards and plan.shards[name].split:
-            parameter.tensor_model_parallel = True  # DeepSpeed's own norm, at stage 3, counts other ones on one rank
+            vars(parameter)["tensor_model_parallel"] = (
+                True  # DeepSpeed's own norm, at stage 3, counts other ones on one rank
+            )
     shards = plan.shards or {name: Shard.of_whole(tuple(p.shape)) for name, p in parameters.items()}
     _check_states(plan, {name: shards[name] for name in parameters})
     names = {id(parameter): name for name, parameter in parameters.items()}

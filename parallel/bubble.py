@@ -13,6 +13,8 @@ from torch import nn
 from parallel.mesh import SINGLE, ParallelConfig, Schedule
 from parallel.pipeline import SCHEDULES, rank_of, stages_of
 
+Work = tuple[str, int, int]  # F, B (all of the backward), I (of the input) or W (of the weights); stage; micro-batch
+
 
 @dataclass(frozen=True)
 class Times:
@@ -26,11 +28,11 @@ class Times:
 def simulate(config: ParallelConfig, micro_batches: int, times: Sequence[Times], transfer: float = 0.0) -> float:
     """Seconds of one step under a schedule, from the times of each stage.
 
-    transfer: seconds that a tensor travels between two ranks. The order of every rank's work is torch's own; a rank
-    works on one thing at a time and starts the next as soon as its input is there.
+    transfer: seconds that a tensor travels between two ranks. The order of every rank's work is that of torch's
+    schedules; a rank works on one thing at a time and starts the next as soon as its input is there.
     """
     orders = _orders(config.schedule, config.pp, config.stages, micro_batches)
-    done: dict[tuple[str, int, int], float] = {}
+    done: dict[Work, float] = {}
     clocks, at = dict.fromkeys(orders, 0.0), dict.fromkeys(orders, 0)
     while any(at[rank] < len(orders[rank]) for rank in orders):
         moved = False
@@ -81,11 +83,15 @@ def _ready(
 
 
 @functools.cache
-def _orders(schedule: Schedule, pp: int, stages: int, micro_batches: int) -> dict[int, list[tuple[str, int, int]]]:
-    """Each rank's work in order: (F, B, I or W; stage; micro-batch), from torch's schedules."""
-    found: dict[int, list[tuple[str, int, int]]] = {}
-    for rank, actions in _pipeline_order(schedule, pp, stages, micro_batches).items():
-        found[rank] = []
+def _orders(schedule: Schedule, pp: int, stages: int, micro_batches: int) -> dict[int, list[Work]]:
+    """Each rank's work in order."""
+    if schedule in SINGLE:
+        return {rank: _single_order(schedule, rank, pp, micro_batches) for rank in range(pp)}
+    config = ParallelConfig(pp=pp, schedule=schedule, stages_per_rank=stages // pp)
+    fakes: list[Any] = [_Fake(index, stages, pp) for index in stages_of(0, config)]
+    planned = SCHEDULES[schedule](fakes, micro_batches, loss_fn=lambda y, _: y).pipeline_order
+    found: dict[int, list[Work]] = {rank: [] for rank in planned}
+    for rank, actions in planned.items():
         for action in (action for action in actions if action is not None):
             for each in action.sub_actions or (action,):
                 if (kind := each.computation_type.value) in "FBIW":
@@ -93,18 +99,22 @@ def _orders(schedule: Schedule, pp: int, stages: int, micro_batches: int) -> dic
     return found
 
 
-class _Fake:
-    """What a schedule asks of a stage when it only plans."""
+def _single_order(schedule: Schedule, rank: int, pp: int, micro_batches: int) -> list[Work]:
+    """gpipe: all forwards, then all backwards; 1f1b: as few forwards ahead as the later stages need."""
+    ahead = micro_batches if schedule == "gpipe" else min(micro_batches, pp - rank)
+    order = [("F", rank, batch) for batch in range(ahead)]
+    for batch in range(micro_batches):
+        order.append(("B", rank, batch))
+        if ahead + batch < micro_batches:
+            order.append(("F", rank, ahead + batch))
+    return order
 
-    def __init__(self, index: int, stages: int, rank: int, pp: int) -> None:
-        self.stage_index, self.num_stages, self.group_rank, self.group_size = index, stages, rank, pp
+
+class _Fake:
+    """What a schedule asks of a stage when it only plans, on pipeline rank 0."""
+
+    def __init__(self, index: int, stages: int, pp: int) -> None:
+        self.stage_index, self.num_stages, self.group_rank, self.group_size = index, stages, 0, pp
         self.is_first, self.is_last = index == 0, index == stages - 1
         self.submod, self.device, self.dw_builder, self.has_backward = nn.Identity(), torch.device("cpu"), None, True
         self.stage_index_to_group_rank: dict[int, int] = {}
-
-
-def _pipeline_order(schedule: Schedule, pp: int, stages: int, micro_batches: int) -> dict[int, list]:
-    config = ParallelConfig(pp=pp, schedule=schedule, stages_per_rank=None if schedule in SINGLE else stages // pp)
-    fakes: list[Any] = [_Fake(index, stages, 0, pp) for index in stages_of(0, config)]
-    made = SCHEDULES[schedule](fakes[0] if schedule in SINGLE else fakes, micro_batches, loss_fn=lambda y, _: y)
-    return made._get_pipeline_order() if schedule in SINGLE else made.pipeline_order

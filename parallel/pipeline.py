@@ -144,11 +144,11 @@ class Pipeline:
     ) -> None:
         self.config, self.mesh, self.hidden, self.micro_batches = config, mesh, hidden, micro_batches
         self._callbacks = callbacks
-        self._stages = dict(zip(stages_of(mesh.pp_rank, config), parts, strict=True))
+        self._parts = dict(zip(stages_of(mesh.pp_rank, config), parts, strict=True))
         self._cross_entropies: list[Tensor] = []
-        made = [self._stage(index, part) for index, part in self._stages.items()]
+        self.stages = [self._stage(index, part) for index, part in self._parts.items()]
         self._schedule = SCHEDULES[config.schedule](
-            made[0] if config.schedule in SINGLE else made,
+            self.stages[0] if config.schedule in SINGLE else self.stages,
             micro_batches,
             loss_fn=self._loss,
             scale_grads=False,
@@ -157,12 +157,12 @@ class Pipeline:
     @property
     def first(self) -> bool:
         """Whether this rank has the first stage."""
-        return 0 in self._stages
+        return 0 in self._parts
 
     @property
     def last(self) -> bool:
         """Whether this rank has the last stage, and so the loss."""
-        return self.config.stages - 1 in self._stages
+        return self.config.stages - 1 in self._parts
 
     def step(self, batches: Iterator[tuple[int, MicroBatch]]) -> list[Tensor]:
         """Forward and backward of all micro-batches, (global row, batch); the cross-entropies on the last stage."""
@@ -180,7 +180,7 @@ class Pipeline:
         keywords = _keywords([0], [batch])
         del keywords["row"]
         kept, found = None, None  # what a stage gives to the next one of the same rank; the result
-        for stage, part in self._stages.items():
+        for stage, part in self._parts.items():
             x = batch.tokens if stage == 0 else kept
             if stage and rank_of(stage - 1, self.config) != self.mesh.pp_rank:
                 x = self.hidden.empty()
@@ -217,7 +217,7 @@ class Pipeline:
         )
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        loss, cross_entropy = self._stages[self.config.stages - 1].cross_entropy(logits, labels)
+        loss, cross_entropy = self._parts[self.config.stages - 1].cross_entropy(logits, labels)
         self._cross_entropies.append(cross_entropy.detach())
         return loss / self.micro_batches
 

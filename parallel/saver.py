@@ -101,6 +101,11 @@ class Saver:
 
         self._pending = self._threads.submit(write)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is being written."""
+        return self._pending is not None and not self._pending.done()
+
     def finish(self) -> None:
         """Wait for the save in flight, if there is one. Raises its CheckpointError, on every rank."""
         pending, self._pending = self._pending, None

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+
+import torch
 
 from tests.spawn import SERVED
 
@@ -44,34 +48,48 @@ def environment() -> dict[str, str]:
 
 
 def train(
-    recipe: Path | str, *arguments: str, ranks: int = 1, timeout: float = 300
+    recipe: Path | str, *arguments: str, ranks: int = 1, torchrun: bool = False, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; output is captured. Raises TimeoutExpired.
 
-    A single process is forked from the server that has everything imported; several come from a real torchrun.
+    Processes are forked from the server that has everything imported, unless the launcher itself is what is tested.
     """
     words = command(recipe, *arguments, ranks=ranks)
-    if ranks == 1:
-        return _served(words, timeout)
-    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment(), cwd=ROOT)
+    if torchrun:
+        return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment(), cwd=ROOT)
+    return _served(command(recipe, *arguments)[1:], ranks, timeout)
 
 
-def _served(words: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "stdout"), Path(folder, "stderr")
-        process = SERVED.Process(target=_run_script, args=(words[1:], environment(), *output))
-        process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(words, timeout)
-        return subprocess.CompletedProcess(words, process.exitcode, *(path.read_text() for path in output))
+def _served(argv: list[str], ranks: int, timeout: float) -> subprocess.CompletedProcess[str]:
+    """The highest exit code of all ranks, and their output one after the other."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])} if ranks > 1 else {}
+        free.close()
+        outputs = [(Path(folder, f"stdout{rank}"), Path(folder, f"stderr{rank}")) for rank in range(ranks)]
+        processes = []
+        for rank, files in enumerate(outputs):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            variables = environment() | meeting | {name: str(value) for name, value in place.items()}
+            processes.append(SERVED.Process(target=_run_script, args=(argv, variables, *files)))
+            processes[-1].start()
+        end = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(end - time.monotonic(), 0.1))
+        if any(process.exitcode is None for process in processes):
+            for process in processes:
+                process.kill()
+                process.join()
+            raise subprocess.TimeoutExpired(argv, timeout)
+        texts = ["".join(files[which].read_text() for files in outputs) for which in (0, 1)]
+        codes = [process.exitcode or 0 for process in processes]
+        return subprocess.CompletedProcess(argv, max(codes, key=abs), *texts)
 
 
 def _run_script(argv: list[str], variables: dict[str, str], stdout: Path, stderr: Path) -> None:
     """`python *argv` in this process."""
     os.environ.update(variables)
+    torch.set_num_threads(1)  # torch has read OMP_NUM_THREADS when the server started
     os.chdir(ROOT)
     for path, descriptor in ((stdout, 1), (stderr, 2)):
         with path.open("wb") as file:

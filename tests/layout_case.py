@@ -28,7 +28,7 @@ BASE: dict[str, Any] = {
         "ffn_size": 64,
         "init_std": 0.1,
     },
-    "train": {"steps": 100, "global_batch": 8, "micro_batch": 1, "seq_len": 16, "compile": False},
+    "train": {"steps": 100, "global_batch": 16, "micro_batch": 2, "seq_len": 16, "compile": False},
     "optimizer": {"lr": 1e-3, "clip": 0.5},
 }
 

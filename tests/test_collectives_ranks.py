@@ -26,6 +26,8 @@ from lowprec.philox import RandomKey
 from tests import collectives_truth as truth
 from tests.spawn import RankError, run_ranks
 
+pytestmark = pytest.mark.xdist_group("collectives")  # what its fixtures compute is computed once
+
 NAMES = tuple(PAYLOADS)
 # name -> (splits, segments); segments straddle destinations, some are empty
 SHAPES: dict[int, dict[str, tuple[list[int], list[int]]]] = {

@@ -5,7 +5,6 @@ On the layout that saved, the next steps are bit-equal to those of the run that 
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import pytest
@@ -93,10 +92,8 @@ def contents(folder: Path) -> dict[str, Tensor]:
 
 
 def check(tmp_path: Path, pairs: list[tuple[str, str]], model: tuple[str, ...]) -> None:
-    batch = ("train.global_batch=16",)
-
     def overrides(name: str) -> tuple[str, ...]:
-        return (*model, *LAYOUTS[name][1], *batch)
+        return (*model, *LAYOUTS[name][1])
 
     went_on = {}
     for world in (1, 2, 4):
@@ -130,6 +127,7 @@ def test_packed_states_move_between_layouts(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", [LEAN, MASTERS], ids=["lean", "masters"])
-def test_every_layout_resumes_on_every_other(tmp_path, model):
+def test_every_layout_resumes_on_itself_and_two_others(tmp_path, model):
     names = [name for name in LAYOUTS if model is MASTERS or name not in STAGE_3]
-    check(tmp_path, list(itertools.product(names, names)), model)
+    pairs = [(name, names[(i + ahead) % len(names)]) for i, name in enumerate(names) for ahead in (0, 1, 4)]
+    check(tmp_path, pairs, model)

@@ -71,7 +71,10 @@ def test_number_of_ranks_and_micro_batches_do_not_change_the_run(tmp_path):
     torch.testing.assert_close(validation, [validation[0]] * 3, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=SLOW), 1, pytest.param(2, marks=SLOW), 3])
 def test_killed_and_resumed_is_bit_equal_to_uninterrupted(tmp_path, stage):
     zero = (f"zero.stage={stage}", "checkpoint.interval=10")
     straight = train(tiny(tmp_path, "straight"), *zero, ranks=2)
@@ -118,7 +121,7 @@ def test_stop_at_is_a_clean_preemption(tmp_path):
     single = train(recipe, "train.stop_at=3")
     assert single.returncode == 75, single.stderr
     assert json.loads((run / "exit.json").read_text())["code"] == 75
-    under_torchrun = train(recipe, "train.stop_at=6", ranks=2)
+    under_torchrun = train(recipe, "train.stop_at=6", ranks=2, torchrun=True)
     assert under_torchrun.returncode == 0, under_torchrun.stderr
     assert json.loads((run / "exit.json").read_text()) == {"code": 75, "reason": "train.stop_at=6"}
     assert [r["step"] for r in steps(run)] == [1, 2, 3, 4, 5, 6]

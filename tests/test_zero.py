@@ -12,6 +12,8 @@ from lowprec.patching import PatchError
 from lowprec.zero import ZeroConfig, ZeroPlan, build_engine
 from tests.spawn import run_ranks
 
+pytestmark = pytest.mark.xdist_group("zero")  # what its fixtures compute is computed once
+
 STAGES = (0, 1, 2, 3)
 MICRO_GRADIENT = 1 + 2**-9  # not a BF16 number: one BF16 rounding anywhere loses it
 

@@ -18,6 +18,8 @@ from lowprec.zero import ZeroConfig, ZeroPlan, build_engine
 from tests.launch import steps, tiny, train
 from tests.spawn import run_ranks
 
+pytestmark = pytest.mark.xdist_group("zero_low_precision")  # what its fixtures compute is computed once
+
 LEAN: dict[str, Any] = {
     "exp_avg": "dynamic4_b128",
     "exp_avg_sq": "linear4_b128",

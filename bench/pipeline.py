@@ -1,0 +1,135 @@
+"""Bubble of every pipeline schedule: measured, and simulated from the measured times of its stages.
+
+Two ranks of one thread train one model under each schedule in turns. Timers around each stage's forward, backward and
+weight gradients give its times; what a rank does not spend in them, of the step's time without the optimizer, is its
+bubble (waiting for the other rank, sending and receiving). The simulator gets the median times of the stages.
+
+    NAME_step_ms, NAME_bubble              measured
+    NAME_simulated_ms, NAME_simulated_bubble
+    NAME_formula                           (p - 1) / (v m + p - 1) of equal stages, v stages a rank, m micro-batches;
+                                           0 for zbv and dualpipev
+
+    python -m bench.pipeline [--recipe NAME] [--steps N] [section.key=value ...] [--json FILE|-]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bench.common import Figures, on_ranks, parser, report
+from data.stream import Batch
+from parallel.bubble import Times, bubble, simulate
+from parallel.mesh import SPLIT_BACKWARD, V_SHAPED, build_mesh
+from parallel.pipeline import SCHEDULES, Pipeline
+from recipe import Recipe, load
+from run.local import build_local, initial_weights
+
+RANKS = 2
+METHODS = {"F": "forward_one_chunk", "I": "backward_one_chunk", "W": "backward_weight_one_chunk"}
+
+
+class Timers:
+    """Seconds of each stage's work, by kind: F forward, I backward up to the input (or all of it), W weights."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.seconds: dict[tuple[int, str], list[float]] = defaultdict(list)
+        for stage in pipeline.stages:
+            for kind, name in METHODS.items():
+                setattr(stage, name, self._timed(getattr(stage, name), (stage.stage_index, kind)))
+
+    def _timed(self, function: Callable[..., Any], key: tuple[int, str]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[key].append(time.perf_counter() - start)
+
+        return timed
+
+    @property
+    def busy(self) -> float:
+        return sum(map(sum, self.seconds.values()))
+
+    def medians(self) -> dict[int, tuple[float, float, float]]:
+        stages = {stage for stage, _ in self.seconds}
+        return {
+            stage: tuple(  # pyright: ignore[reportReturnType]
+                statistics.median(self.seconds[stage, kind]) if self.seconds[stage, kind] else 0.0 for kind in "FIW"
+            )
+            for stage in stages
+        }
+
+
+def measure(rank: int, options: argparse.Namespace) -> Figures:
+    figures: Figures = {"ranks": RANKS, "threads": 1}
+    for name in SCHEDULES:
+        overrides = (*options.overrides, f"parallel.pp={RANKS}", f"parallel.schedule={name}", "zero.stage=0")
+        recipe = load(options.recipe, (*overrides, "train.compile=false"), RANKS)
+        for key, value in _measure(recipe, options.steps).items():
+            figures[f"{name}_{key}"] = value
+    return figures
+
+
+def _measure(recipe: Recipe, steps: int) -> Figures:
+    mesh, train = build_mesh(recipe.parallel), recipe.train
+    local = build_local(recipe, mesh, torch.device("cpu"), torch.float32)
+    local.engine.fill_weights(initial_weights(recipe))
+    assert local.pipeline is not None
+    timers, walls, micro_batches = Timers(local.pipeline), [], train.global_batch // train.micro_batch
+    busy = 0.0
+    for step in range(steps + 1):
+        tokens = torch.randint(recipe.model.vocab_size, (train.global_batch, train.seq_len + 1))
+        batches = [Batch(rows[:, :-1], rows[:, 1:], None, None) for rows in tokens.split(train.micro_batch)]
+        local.precision.begin_step(step)
+        dist.barrier()
+        start = time.perf_counter()
+        local.pipeline.step((i * train.micro_batch * train.seq_len, batch) for i, batch in enumerate(batches))
+        dist.barrier()
+        walls.append(time.perf_counter() - start)
+        local.engine.step(1e-4)
+        if step == 0:  # the first one starts connections and caches
+            walls.clear()
+            timers.seconds.clear()
+        busy = timers.busy
+    return _compare(recipe, micro_batches, walls, busy, timers)
+
+
+def _compare(recipe: Recipe, micro_batches: int, walls: list[float], busy: float, timers: Timers) -> Figures:
+    everyone: list[Any] = [None] * RANKS
+    dist.all_gather_object(everyone, (busy, timers.medians()))
+    medians = {stage: times for _, found in everyone for stage, times in found.items()}
+    times = [Times(*medians[stage]) for stage in range(recipe.parallel.stages)]
+    virtual = recipe.parallel.stages // RANKS
+    ideal = (RANKS - 1) / (virtual * micro_batches + RANKS - 1)
+    return {
+        "step_ms": 1e3 * statistics.median(walls),
+        "simulated_ms": 1e3 * simulate(recipe.parallel, micro_batches, times),
+        "bubble": 1.0 - sum(each for each, _ in everyone) / (RANKS * sum(walls)),
+        "simulated_bubble": bubble(recipe.parallel, micro_batches, times),
+        "formula": 0.0 if recipe.parallel.schedule in V_SHAPED else ideal,
+        "split_backward": int(recipe.parallel.schedule in SPLIT_BACKWARD),
+    }
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--recipe", default="bf16_10m")
+    made.add_argument("--steps", type=int, default=5)
+    made.add_argument("overrides", nargs="*", metavar="section.key=value")
+    options = made.parse_args()
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
+    report(on_ranks(measure, RANKS, 1, options), options.json)
+
+
+if __name__ == "__main__":
+    main()
