@@ -349,8 +349,7 @@ class LowPrecisionZero(_Base):
             for piece in self.pieces:
                 rank = dist.get_rank(self.real_dp_process_group[piece.group])
                 working = self.parallel_partitioned_bit16_groups[piece.group][rank]
-                weights = self.updater.update.weights(piece.fragment.extent, piece.fragment.tensors)
-                working[piece.start : piece.stop].copy_(weights)
+                self.updater.update.write_working(piece.fragment.tensors, working[piece.start : piece.stop])
         exact = "bf16" if self.dtype == torch.bfloat16 else "fp32"
         payload = parse_payload(exact if self.plan.gather == "exact" else self.plan.gather)
         for index, flat in enumerate(self.bit16_groups_flat):

@@ -10,11 +10,15 @@ Sums are in the tensor's own dtype, as Megatron-LM's are.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lowprec.collectives import all_gather
+from lowprec.payload import Payload
 
 Group = dist.ProcessGroup | None
 
@@ -25,9 +29,13 @@ def all_reduced(x: Tensor, group: Group) -> Tensor:
     return x
 
 
-def all_gathered(x: Tensor, group: Group) -> Tensor:
-    """[B, S / n, ...] of each rank -> [B, S, ...]."""
+def all_gathered(x: Tensor, group: Group, payload: Payload | None = None) -> Tensor:
+    """[B, S / n, ...] of each rank -> [B, S, ...]; with a payload they travel quantized, and arrive so."""
     lead = x.transpose(0, 1).contiguous()
+    if payload is not None:
+        sizes = [lead.numel()] * dist.get_world_size(group)
+        found = all_gather(lead.flatten(), sizes, group, payload).result
+        return found.view(-1, *lead.shape[1:]).transpose(0, 1).contiguous()
     out = lead.new_empty(lead.shape[0] * dist.get_world_size(group), *lead.shape[1:])
     dist.all_gather_into_tensor(out, lead, group=group)
     return out.transpose(0, 1).contiguous()
@@ -69,8 +77,8 @@ def reduce(x: Tensor, group: Group) -> Tensor:
 
 
 @torch.compiler.disable
-def gather_sequence(x: Tensor, group: Group) -> Tensor:
-    return _Pair.apply(x, group, all_gathered, reduce_scattered)
+def gather_sequence(x: Tensor, group: Group, payload: Payload | None = None) -> Tensor:
+    return _Pair.apply(x, group, partial(all_gathered, payload=payload), reduce_scattered)
 
 
 @torch.compiler.disable

@@ -42,6 +42,8 @@ class ParallelConfig:
     pp:              pipeline-parallel degree
     cp, ep:          context and expert parallelism: reserved, not built
     sp:              sequence parallelism: norms and residuals sharded along the sequence over the tp group
+    sp_payload:      what activations travel in before a GEMM that would quantize them in the same way anyway: exact,
+                     mxfp8_e4m3 or mxfp8_e5m2. The weight gradient's GEMM then sees them quantized twice
     schedule:        pipeline schedule
     stages_per_rank: pipeline stages of a rank; null: 1 for gpipe and 1f1b, else 2
     stage_layers:    blocks of each stage, in order; null: balanced by cost, embedding and output projection counted
@@ -53,6 +55,7 @@ class ParallelConfig:
     cp: int = 1
     ep: int = 1
     sp: bool = False
+    sp_payload: Literal["exact", "mxfp8_e4m3", "mxfp8_e5m2"] = "exact"
     schedule: Schedule = "1f1b"
     stages_per_rank: int | None = None
     stage_layers: tuple[int, ...] | None = None
@@ -71,6 +74,8 @@ class ParallelConfig:
         found += [f"{key} is {degrees[key]}; only 1 is built so far" for key in ("cp", "ep") if degrees[key] > 1]
         if self.sp and self.tp == 1:
             found.append("sp is true with parallel.tp 1; sequence parallelism needs a tensor-parallel group")
+        if self.sp_payload != "exact" and not self.sp:
+            found.append(f"sp_payload is {self.sp_payload} with parallel.sp false; set sp, or drop it")
         if self.timeout_s < 1:
             found.append(f"timeout_s is {self.timeout_s}; it must be at least 1 second")
         return found or self._stage_problems()

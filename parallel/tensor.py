@@ -23,6 +23,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lowprec.fragments import Run, Shard, matrix_shape
+from lowprec.payload import Payload
 from parallel import communication as comm
 from parallel.mesh import Mesh
 from parallel.vocabulary import VocabularyCrossEntropy, VocabularyEmbedding
@@ -153,8 +156,21 @@ def _parent(parts: Sequence[Any], name: str) -> Any:
     return next(part.get_submodule(parent) for part in parts if parent in dict(part.named_modules()))
 
 
-def connect(parts: Sequence[Any], held: Mapping[str, Shard], tp: TensorParallel) -> None:
-    """Put the communication around the sharded modules, and add up gradients that every rank has only a part of."""
+def enters(module: str) -> bool:
+    """Whether a module's input is gathered from all ranks with sequence parallelism."""
+    return style_of(module) in ("rows", "heads", "halves") or module == "unembedding"
+
+
+def connect(
+    parts: Sequence[Any],
+    held: Mapping[str, Shard],
+    tp: TensorParallel,
+    payloads: Mapping[str, Payload] = MappingProxyType({}),
+) -> None:
+    """Put the communication around the sharded modules, and add up gradients that every rank has only a part of.
+
+    payloads: module -> what its gathered input travels in, where that is not exact
+    """
     if tp.size == 1:
         return
     for part in parts:
@@ -163,8 +179,8 @@ def connect(parts: Sequence[Any], held: Mapping[str, Shard], tp: TensorParallel)
             if style == "columns":
                 module.skip_bias = True  # it must be added once, after the sum
                 module.register_forward_hook(_leave(tp, module.bias))
-            elif style in ("rows", "heads", "halves") or name == "unembedding":
-                module.register_forward_pre_hook(_enter(tp))
+            elif enters(name):
+                module.register_forward_pre_hook(_enter(tp, payloads.get(name)))
         if hasattr(part, "embedding"):
             part.embedding = VocabularyEmbedding(part.embedding.weight, tp.rank, tp.group, sp=tp.sp)
         if hasattr(part, "cross_entropy"):
@@ -174,8 +190,10 @@ def connect(parts: Sequence[Any], held: Mapping[str, Shard], tp: TensorParallel)
                 parameter.register_hook(sync)
 
 
-def _enter(tp: TensorParallel) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    function: Any = comm.gather_sequence if tp.sp else comm.copy
+def _enter(
+    tp: TensorParallel, payload: Payload | None
+) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    function: Any = partial(comm.gather_sequence, payload=payload) if tp.sp else comm.copy
 
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return function(inputs[0], tp.group), *inputs[1:]

@@ -18,10 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from errors import UsageError
 from lowprec.apply import Precision, RunFacts
 from lowprec.engine import Engine
 from lowprec.fragments import Fragment, Shard, matrix_shape
 from lowprec.linear import Place
+from lowprec.payload import Payload, parse_payload
 from lowprec.zero import Layout, ZeroPlan, build_engine
 from model.init import initial_range
 from model.transformer import Transformer
@@ -54,7 +56,7 @@ def build_local(recipe: Recipe, mesh: Mesh, device: torch.device, gemm_dtype: to
         part.to_empty(device=device)
     _tie(parts)
     precision = _precision(recipe, mesh, parts, held, gemm_dtype)
-    tensor.connect(parts, held, tp)
+    tensor.connect(parts, held, tp, _payloads(recipe, precision))
     if should_compile(recipe, device):
         compile_parts(parts)
     engine = build_engine(parts, _zero_plan(recipe, mesh, held))
@@ -145,6 +147,25 @@ def _place(weight: str, held: dict[str, Shard], mesh: Mesh) -> Place | None:
     by_rows = shard.columns[1] == matrix_shape(shard.whole)[1]
     split = frozenset({"w", "dy"} if by_rows else {"w", "x"})
     return Place(tuple((run.start, run.rows) for run in shard.runs), shard.columns, split, mesh.tp_group)
+
+
+def _payloads(recipe: Recipe, precision: Precision) -> dict[str, Payload]:
+    """Linears whose input may travel quantized: those whose forward quantizes it so, in every phase."""
+    if recipe.parallel.sp_payload == "exact":
+        return {}
+    payload = parse_payload(recipe.parallel.sp_payload)
+    tables = [table for _, table in precision.tables]
+    found = [
+        name
+        for name in tables[0]
+        if tensor.enters(name) and all(table[name].fprop.a == payload.spec for table in tables)
+    ]
+    if not found:
+        raise UsageError(
+            f"parallel.sp_payload is {payload.name}, but the forward of no linear quantizes its input so under policy "
+            f"{recipe.precision.policy}; use parallel.sp_payload=exact"
+        )
+    return dict.fromkeys(found, payload)
 
 
 def _zero_plan(recipe: Recipe, mesh: Mesh, held: dict[str, Shard]) -> ZeroPlan:

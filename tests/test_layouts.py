@@ -10,7 +10,7 @@ import functools
 
 import pytest
 
-from tests.layout_case import Outcome, train_cases
+from tests.layout_case import Case, Outcome, train_cases
 from tests.spawn import run_ranks
 
 TIED = "model.tied_embeddings=true"
@@ -105,6 +105,36 @@ def check(ranks: int, cases: list[tuple[str, ...]], steps: int, timeout: float) 
 @pytest.mark.parametrize("ranks", QUICK)
 def test_layouts_equal_one_process(ranks):
     check(ranks, QUICK[ranks], 4, 300)
+
+
+def _held(rank: int, cases: list[tuple[str, ...]]) -> list[dict[str, int]]:
+    """Bytes of this rank's tensors after one step of each case."""
+    found = []
+    for overrides in cases:
+        case = Case(overrides)
+        case.step(0)
+        found.append(case.local.engine.memory())
+    return found
+
+
+def test_memory_falls_as_the_layout_says():
+    """The largest share of weights, and of masters and states, that a rank holds; norms and embeddings are whole."""
+    model = ("model.dtype=bf16", "model.hidden_size=64", "model.ffn_size=256", "model.head_dim=32")
+    ((alone,),) = run_ranks(_held, 1, [model])
+    layouts = [(zero(1),), (zero(3),), tp(2, zero(0)), pp(2, "1f1b", zero(0)), pp(2, "zbv", zero(0))]
+    sharded: dict[tuple[str, ...], float] = {}
+    states: dict[tuple[str, ...], float] = {}
+    for rank in run_ranks(_held, 2, [(*model, *case) for case in layouts]):
+        for case, held in zip(layouts, rank, strict=True):
+            sharded[case] = max(sharded.get(case, 0.0), held["weights"] / alone["weights"])
+            mine = held["master"] + held["exp_avg"] + held["exp_avg_sq"]
+            states[case] = max(states.get(case, 0.0), mine / (alone["master"] + alone["exp_avg"] + alone["exp_avg_sq"]))
+    dp, stage3, tensor, *pipelines = layouts
+    assert sharded[dp] == 1.0 and states[dp] == pytest.approx(0.5, abs=0.03)
+    assert sharded[stage3] == pytest.approx(0.5, abs=0.03) and states[stage3] == pytest.approx(0.5, abs=0.03)
+    for case in (tensor, *pipelines):
+        assert sharded[case] == pytest.approx(0.5, abs=0.05), case
+        assert states[case] == pytest.approx(0.5, abs=0.05), case
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ from lowprec.philox import StepContext
 from lowprec.policy import Slots
 from parallel.tensor import shard_of
 from recipe import load_policy
-from tests.spawn import run_ranks
+from tests.layout_case import train_cases
+from tests.spawn import RankError, run_ranks
 
 POLICIES = ("mxfp8", "nvfp4", "fp8_current", "fp8_block", "mxfp4")
 TOKENS = 96
@@ -112,3 +113,41 @@ def test_blocks_that_would_be_cut_are_refused(policy, logical, word):
     place = Place(((0, logical[0]),), shard.columns, frozenset({"w", "x"}), None)
     layer = layer_of(module, (logical[0], shard.columns[1]), slots_of(policy, module), place)
     assert any(word in problem and module in problem for problem in place_problems(layer))
+
+
+SMALL = (
+    "model.dtype=bf16",
+    "model.hidden_size=64",
+    "model.num_layers=2",
+    "model.ffn_size=128",
+    "model.num_kv_heads=4",
+    "model.head_dim=32",
+    "precision.policy=mxfp8",
+)
+SEQUENCE = ("parallel.tp=2", "parallel.sp=true")
+
+
+def test_activations_that_travel_quantized_give_the_same_forward():
+    """Quantizing twice in one format changes nothing in the forward; the weight gradients' GEMMs see other numbers."""
+    cases = [(*SMALL, *SEQUENCE), (*SMALL, *SEQUENCE, "parallel.sp_payload=mxfp8_e4m3")]
+    for exact, quantized in run_ranks(train_cases, 2, cases, 2):
+        assert exact.losses[0] == quantized.losses[0]
+        assert exact.norms[0] != quantized.norms[0]
+        assert quantized.norms[0] == pytest.approx(exact.norms[0], rel=0.02)
+
+
+def test_a_payload_that_no_linear_quantizes_to_is_refused():
+    wrong = (*SMALL, *SEQUENCE, "parallel.sp_payload=mxfp8_e5m2")
+    with pytest.raises(RankError, match="the forward of no linear quantizes its input so under policy mxfp8"):
+        run_ranks(train_cases, 2, [wrong], 1)
+
+
+@pytest.mark.parametrize("policy", ["mxfp8", "nvfp4"])
+def test_pipelines_and_tensor_parallelism_follow_one_process(policy):
+    """Pipelines to the bit; tensor parallelism up to the order of additions in BF16."""
+    model = (*SMALL, f"precision.policy={policy}", "precision.bf16_last=1", "model.num_layers=4")
+    (alone,) = run_ranks(train_cases, 1, [model], 4)
+    pipeline = ("parallel.pp=2", "parallel.schedule=interleaved_zero_bubble")
+    for piped, tensor in run_ranks(train_cases, 2, [(*model, *pipeline), (*model, *SEQUENCE)], 4):
+        assert piped.losses == alone[0].losses
+        assert tensor.losses == pytest.approx(alone[0].losses, rel=5e-3)

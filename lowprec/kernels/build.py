@@ -48,6 +48,8 @@ def _build(name: str) -> None:
             log.warning(
                 "building the CPU kernels with %s, once, one to three minutes", cpp_extension.get_cxx_compiler()
             )
+            # Left behind by a build that was killed: we hold the lock of our own, so nobody builds.
+            (directory / "lock").unlink(missing_ok=True)
             start = time.perf_counter()
             cpp_extension.load(
                 name,
