@@ -13,9 +13,10 @@ from lowprec.fragments import Shard, matrix_shape
 from lowprec.linear import SLOT_AXES, LowPrecisionLinear, Place, Shared, place_problems
 from lowprec.philox import StepContext
 from lowprec.policy import Slots
+from parallel import communication
 from parallel.tensor import shard_of
 from recipe import load_policy
-from tests.layout_case import train_cases
+from tests.layout_case import Case, Outcome, train_cases
 from tests.spawn import RankError, run_ranks
 
 POLICIES = ("mxfp8", "nvfp4", "fp8_current", "fp8_block", "mxfp4")
@@ -127,13 +128,34 @@ SMALL = (
 SEQUENCE = ("parallel.tp=2", "parallel.sp=true")
 
 
+def _counted(rank: int, cases: list[tuple[str, ...]]) -> list[tuple[Outcome, int]]:
+    """The outcome of every case, and how many gathers went quantized."""
+    gathers = []
+    original = communication.all_gather
+
+    def counting(*args, **kwargs):
+        gathers.append(args[3].name)
+        return original(*args, **kwargs)
+
+    communication.all_gather = counting
+    found = []
+    for case in cases:
+        gathers.clear()
+        found.append((Case(case).run(0, 2), len(gathers)))
+    return found
+
+
 def test_activations_that_travel_quantized_give_the_same_forward():
-    """Quantizing twice in one format changes nothing in the forward; the weight gradients' GEMMs see other numbers."""
+    """The same bits: quantizing twice in one format changes nothing.
+
+    Nor does it in the GEMM of the weight gradient, mostly: a number of E4M3's four significant bits is one under any
+    other power of two, but for subnormal ones.
+    """
     cases = [(*SMALL, *SEQUENCE), (*SMALL, *SEQUENCE, "parallel.sp_payload=mxfp8_e4m3")]
-    for exact, quantized in run_ranks(train_cases, 2, cases, 2):
+    for (exact, none), (quantized, gathers) in run_ranks(_counted, 2, cases):
+        assert none == 0 and gathers == 2 * 8 * 2 * 2  # steps, micro-batches, blocks, linears that gather
         assert exact.losses[0] == quantized.losses[0]
-        assert exact.norms[0] != quantized.norms[0]
-        assert quantized.norms[0] == pytest.approx(exact.norms[0], rel=0.02)
+        assert quantized.norms == pytest.approx(exact.norms, rel=1e-3)
 
 
 def test_a_payload_that_no_linear_quantizes_to_is_refused():
@@ -150,4 +172,4 @@ def test_pipelines_and_tensor_parallelism_follow_one_process(policy):
     pipeline = ("parallel.pp=2", "parallel.schedule=interleaved_zero_bubble")
     for piped, tensor in run_ranks(train_cases, 2, [(*model, *pipeline), (*model, *SEQUENCE)], 4):
         assert piped.losses == alone[0].losses
-        assert tensor.losses == pytest.approx(alone[0].losses, rel=5e-3)
+        assert tensor.losses == pytest.approx(alone[0].losses, rel=2e-2)
