@@ -212,6 +212,8 @@ class Recipe:
     def _storage_problems(self) -> list[str]:
         """Combinations of zero, gradients and optimizer that mean nothing or are not built."""
         found, stage, optimizer, gradients = [], self.zero.stage, self.optimizer, self.gradients
+        if gradients.two_level and stage not in (1, 2):
+            found.append(f"gradients.two_level is true at zero.stage {stage}; use stage 1 or 2, or false")
         if stage == 0 and gradients.payload != "fp32":
             found.append(f"gradients.payload {gradients.payload} at zero.stage 0; use stage 1 or 2, or payload fp32")
         if stage == 3:

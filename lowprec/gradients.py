@@ -37,6 +37,7 @@ class GradientsConfig:
 
     payload:        what travels between data-parallel ranks: fp32, bf16, fp8_e4m3, fp8_e5m2, mxfp8_e4m3, fp8_lm, ...
     accumulate:     what micro-batches add up in: fp32, bf16, or fp8 (one byte a parameter)
+    two_level:      reduce in FP32 between the ranks of a node first, then in the payload between nodes
     error_feedback: add what the payload's rounding lost to the next step's gradient; it keeps one BF16 number a
                     parameter on every rank
     """
@@ -44,12 +45,15 @@ class GradientsConfig:
     payload: str = "fp32"
     accumulate: Accumulate = "fp32"
     error_feedback: bool = False
+    two_level: bool = False
 
     def problems(self) -> list[str]:
         try:
             exact = parse_payload(self.payload).spec is None
         except UsageError as error:
             return [f"payload: {error}"]
+        if self.error_feedback and self.two_level:
+            return ["error_feedback and two_level are both true, which is not built; drop one of them"]
         if self.error_feedback and exact:
             return [f"error_feedback is true, but payload {self.payload} is not quantized; drop one of them"]
         return []

@@ -161,6 +161,7 @@ class ZeroPlan:
     accumulation:   micro-batches a step
     shards:         name -> what of the logical parameter the module holds; by default all of it, in the module's shape
     layout:         None when all ranks are data-parallel
+    nodes:          groups of a reduction in two levels (gradients.two_level)
     seed:           of stochastic rounding
     """
 
@@ -171,6 +172,7 @@ class ZeroPlan:
     accumulation: int
     shards: Mapping[str, Shard] | None = None
     layout: Layout | None = None
+    nodes: tuple[Any, Any] | None = None
     seed: int = 0
 
 
@@ -210,6 +212,7 @@ def build_engine(parts: Sequence[nn.Module], plan: ZeroPlan) -> Engine:
         gradients=plan.gradients,
         gather=plan.zero.gather,
         replicas=data_parallel if stage == 0 else None,
+        nodes=plan.nodes,
     )
     groups = _groups(parameters.values(), plan.optimizer, ranks=1 if stage == 0 else dp, fill=stage < 3)
     # It also prints, once a rank, that it built its shared-memory operator.

@@ -44,6 +44,7 @@ class Plan:
     updater:  of this rank
     gather:   payload of the updated weights' all-gather, or "exact"
     replicas: stage 0: the group over which gradients are averaged; else None
+    nodes:    (ranks of this node, ranks of this place on all nodes) of a reduction in two levels; else None
     """
 
     names: dict[int, str]
@@ -51,6 +52,7 @@ class Plan:
     gradients: GradientsConfig
     gather: str = "exact"
     replicas: Any = None
+    nodes: tuple[Any, Any] | None = None
 
 
 @dataclass
@@ -261,9 +263,14 @@ class LowPrecisionZero(_Base):
                 segments.append(part.size)
             last = part.param_id
         error = self._error(parts) if self.plan.gradients.error_feedback else None
-        found = collectives.reduce_scatter(
-            ordered, splits, dp, self.payload, segments=segments, error=error, mu=self.mu
-        )
+        options: dict[str, Any] = {"segments": segments, "error": error, "mu": self.mu}
+        if self.plan.nodes is None:
+            found = collectives.reduce_scatter(ordered, splits, dp, self.payload, **options)
+        else:
+            inside, between = self.plan.nodes
+            found = collectives.reduce_scatter_two_level(
+                ordered, splits, self.payload, inside=inside, between=between, **options
+            )
         self.sent_bytes += found.sent_bytes
         if found.saturated is not None:
             self._saturated.append((found.saturated, found.elements))

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 
+from errors import UsageError
+
 Schedule = Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev"]
 SINGLE = ("gpipe", "1f1b")  # one stage a rank; the others have several
 V_SHAPED = ("zbv", "dualpipev")  # the first and the last stage are on the same rank
@@ -221,16 +223,26 @@ def _mine(members: Iterable[list[int]]) -> dist.ProcessGroup | None:
     return mine
 
 
-def node_groups(members: list[int], ranks_per_node: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """(ranks of `members` on this rank's node, ranks with this rank's place on every node), for two-level collectives.
+def node_groups(mesh: Mesh, node_size: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """(the data-parallel ranks on this rank's node, those with its place on every node), for two-level collectives.
 
-    members: a group's global ranks, the same number on every node. Collective over the default group.
+    node_size: processes a node. Collective over the default group. Raises UsageError unless the data-parallel ranks
+    are on several nodes, as many on each.
     """
-    by_node: dict[int, list[int]] = {}
-    for member in members:
-        by_node.setdefault(member // ranks_per_node, []).append(member)
-    assert len({len(ranks) for ranks in by_node.values()}) == 1, (members, ranks_per_node)
-    return _mine(by_node.values()), _mine(list(column) for column in zip(*by_node.values(), strict=True))
+    tp, dp = mesh.tp, mesh.dp
+    inside, between = [], []
+    for first in (t + tp * dp * p for p in range(mesh.pp) for t in range(tp)):
+        nodes: dict[int, list[int]] = {}
+        for member in range(first, first + tp * dp, tp):
+            nodes.setdefault(member // node_size, []).append(member)
+        if len(nodes) < 2 or len({len(members) for members in nodes.values()}) > 1:
+            raise UsageError(
+                f"gradients.two_level needs data-parallel ranks on several nodes, as many on each; these {dp} lie "
+                f"{[len(members) for members in nodes.values()]} a node (of {node_size} processes); use false"
+            )
+        inside += nodes.values()
+        between += [list(column) for column in zip(*nodes.values(), strict=True)]
+    return _mine(inside), _mine(between)
 
 
 class Mpu:

@@ -62,7 +62,7 @@ def build(
     # A resumed run multiplies as before: another order of additions would not be bit-equal.
     saved = start.meta.get("gemm_dtype") if start is not None and device.type == "cpu" else None
     gemm_dtype = getattr(torch, saved) if saved else _gemm_dtype(DTYPES[recipe.model.dtype], device)
-    local = build_local(recipe, mesh, device, gemm_dtype)
+    local = build_local(recipe, mesh, device, gemm_dtype, launch.local_world_size)
     if start is None:
         local.engine.fill_weights(initial_weights(recipe))
     dist.barrier()  # so that all ranks of a node measure the peak under the load of all

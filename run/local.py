@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +29,7 @@ from model.init import initial_range
 from model.transformer import Transformer
 from model.weights import load_initial_weights, logical_shape, parameter_shapes
 from parallel import tensor
-from parallel.mesh import SPLIT_BACKWARD, Mesh, Mpu
+from parallel.mesh import SPLIT_BACKWARD, Mesh, Mpu, node_groups
 from parallel.pipeline import Callbacks, Hidden, Pipeline, balance, stage_range, stages_of
 from recipe import Recipe, load_policy
 
@@ -46,8 +46,13 @@ class Local:
     pipeline: Pipeline | None
 
 
-def build_local(recipe: Recipe, mesh: Mesh, device: torch.device, gemm_dtype: torch.dtype) -> Local:
-    """Everything of the model on this rank, weights not yet filled in. Collective over the mesh."""
+def build_local(
+    recipe: Recipe, mesh: Mesh, device: torch.device, gemm_dtype: torch.dtype, node_size: int | None = None
+) -> Local:
+    """Everything of the model on this rank, weights not yet filled in. Collective over the mesh.
+
+    node_size: processes a node; by default all are on one
+    """
     parts = _parts(recipe, mesh, gemm_dtype)
     tp = tensor.TensorParallel.of(mesh, recipe.parallel.sp)
     held = _shards(recipe, mesh, parts, tp)
@@ -59,7 +64,8 @@ def build_local(recipe: Recipe, mesh: Mesh, device: torch.device, gemm_dtype: to
     tensor.connect(parts, held, tp, _payloads(recipe, precision))
     if should_compile(recipe, device):
         compile_parts(parts)
-    engine = build_engine(parts, _zero_plan(recipe, mesh, held))
+    nodes = node_groups(mesh, node_size or mesh.world_size) if recipe.gradients.two_level else None
+    engine = build_engine(parts, replace(_zero_plan(recipe, mesh, held), nodes=nodes))
     return Local(parts, precision, engine, _pipeline(recipe, mesh, device, parts, precision, engine))
 
 

@@ -48,19 +48,24 @@ def environment() -> dict[str, str]:
 
 
 def train(
-    recipe: Path | str, *arguments: str, ranks: int = 1, torchrun: bool = False, timeout: float = 300
+    recipe: Path | str,
+    *arguments: str,
+    ranks: int = 1,
+    node_size: int | None = None,
+    torchrun: bool = False,
+    timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end; output is captured. Raises TimeoutExpired.
+    """Run to the end; output is captured. Raises TimeoutExpired. node_size: pretend that so many ranks are on a node.
 
     Processes are forked from the server that has everything imported, unless the launcher itself is what is tested.
     """
     words = command(recipe, *arguments, ranks=ranks)
     if torchrun:
         return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment(), cwd=ROOT)
-    return _served(command(recipe, *arguments)[1:], ranks, timeout)
+    return _served(command(recipe, *arguments)[1:], ranks, node_size or ranks, timeout)
 
 
-def _served(argv: list[str], ranks: int, timeout: float) -> subprocess.CompletedProcess[str]:
+def _served(argv: list[str], ranks: int, node_size: int, timeout: float) -> subprocess.CompletedProcess[str]:
     """The highest exit code of all ranks, and their output one after the other."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -69,7 +74,7 @@ def _served(argv: list[str], ranks: int, timeout: float) -> subprocess.Completed
         outputs = [(Path(folder, f"stdout{rank}"), Path(folder, f"stderr{rank}")) for rank in range(ranks)]
         processes = []
         for rank, files in enumerate(outputs):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            place = {"RANK": rank, "LOCAL_RANK": rank % node_size, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": node_size}
             variables = environment() | meeting | {name: str(value) for name, value in place.items()}
             processes.append(SERVED.Process(target=_run_script, args=(argv, variables, *files)))
             processes[-1].start()

@@ -47,3 +47,19 @@ def test_compiled_blocks_under_tensor_parallelism_follow_eager_ones(tmp_path):
         assert done.returncode == 0, done.stderr
     losses = [[r["loss"] for r in steps(tmp_path / name)] for name in ("eager", "compiled")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_gradients_reduced_in_two_levels(tmp_path):
+    """Two nodes of two ranks. In FP32 the same numbers; in FP8 fewer bytes than one level."""
+    losses, sent = {}, {}
+    for name, payload, two_level in (("one", "fp32", "false"), ("two", "fp32", "true"), ("fp8", "fp8_lm", "true")):
+        keys = (*MODEL, "train.steps=3", f"gradients.payload={payload}", f"gradients.two_level={two_level}")
+        done = train(tiny(tmp_path, name), *keys, ranks=4, node_size=2)
+        assert done.returncode == 0, done.stderr
+        losses[name] = [record["loss"] for record in steps(tmp_path / name)]
+        sent[name] = steps(tmp_path / name)[0]["sent_bytes"]
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-5)
+    assert losses["fp8"] == pytest.approx(losses["one"], rel=0.05)
+    assert sent["fp8"] < sent["two"]
+    refused = train(tiny(tmp_path, "alone"), *MODEL, "gradients.two_level=true", ranks=2)
+    assert refused.returncode == 2 and "several nodes" in refused.stderr
