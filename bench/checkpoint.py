@@ -54,8 +54,8 @@ def save(run: Run, saver: Saver) -> float:
 
 
 def measure(run: Run, folder: Path, rounds: int) -> Figures:
-    behind = Saver(folder / "behind", CheckpointConfig(behind=True, keep=1))
-    waiting = Saver(folder / "waiting", CheckpointConfig(keep=1))
+    behind = Saver(folder / "behind", CheckpointConfig(behind=True, keep=1), lambda _: None)
+    waiting = Saver(folder / "waiting", CheckpointConfig(keep=1), lambda _: None)
     for _ in range(3):
         step(run)
     alone, stalls, slower, waits = [], [], [], []

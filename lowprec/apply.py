@@ -86,19 +86,10 @@ class Precision:
         }
         self._here = list(linears)
         problems = [line for name, layer in self.layers.items() for line in _shape_problems(name, layer)]
-        if problems := [*problems, *self._place_problems()]:
+        for name, place in facts.places.items():  # of other stages, too: all ranks say the same
+            problems += [line for _, table in self.tables for line in place_problems(name, table[name], place)]
+        if problems := list(dict.fromkeys(problems)):
             raise UsageError("\n".join(["the precision policy does not fit the model:", *problems]))
-
-    def _place_problems(self) -> list[str]:
-        """In any phase: blocks that tensor parallelism would cut."""
-        found = []
-        for _, table in self.tables:
-            for name, layer in self.layers.items():
-                layer.use(table[name])
-                found += place_problems(layer)
-        for name, layer in self.layers.items():
-            layer.use(self._table[name])
-        return list(dict.fromkeys(found))
 
     def _add_phase(self, policy: Policy, phase: Phase, facts: RunFacts) -> None:
         begin = phase.first_step(facts.steps, facts.tokens_per_step)

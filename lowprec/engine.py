@@ -145,8 +145,8 @@ class Engine:
     def add_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Accumulate what autograd did not: a weight gradient of a split backward, as it left its GEMM."""
         hooks: dict[int, Any] = parameter._backward_hooks or {}
-        for hook in hooks.values():
-            gradient = hook(gradient)  # sums over tensor-parallel ranks
+        for hook in hooks.values():  # sums over tensor-parallel ranks, in FP32 as where autograd accumulates
+            gradient = hook(gradient.float())
         self._engine.optimizer.accumulate(parameter, gradient)
         self._touched.add(id(parameter))
 
@@ -206,7 +206,7 @@ class Engine:
         optimizer = self._engine.optimizer
         for key, name in self._names.items():
             if (residual := states.get(f"error.{name}")) is not None:
-                optimizer.errors[optimizer.param_id[key]] = residual
+                optimizer.errors[optimizer.param_id[key]] = residual.to(self.updater.device)
         if "mu" in states:
             optimizer.mu = float(states["mu"])
 

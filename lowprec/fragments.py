@@ -34,12 +34,14 @@ class Shard:
     shape:   logical shape of the part
     runs:    the part's rows, in its own order
     columns: (first, count) of its columns
+    repeated: whether other ranks hold some of its rows, too (key/value heads, where there are fewer than ranks)
     """
 
     whole: tuple[int, ...]
     shape: tuple[int, ...]
     runs: tuple[Run, ...]
     columns: tuple[int, int]
+    repeated: bool = False
 
     def __post_init__(self) -> None:
         assert sum(run.rows for run in self.runs) * self.columns[1] == math.prod(self.shape), self

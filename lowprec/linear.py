@@ -107,9 +107,7 @@ class LowPrecisionLinear(nn.Module):
     def use(self, slots: Slots) -> None:
         """Take other slots from now on; histories of delayed scaling go on where the format stays."""
         self.slots = slots
-        self.specs: dict[str, QuantSpec | None] = {
-            f"{gemm}.{side}": getattr(getattr(slots, gemm), side) for gemm in GEMMS for side in ("a", "b")
-        }
+        self.specs = specs_of(slots)
         for slot, spec in self.specs.items():
             if spec is not None and spec.amax_history:
                 kind = SLOT_AXES[slot][0]
@@ -231,16 +229,21 @@ def _same_both_ways(specs: dict[str, QuantSpec | None]) -> bool:
     return one.block == "tensor" or isinstance(one.block, tuple) and one.block[0] == one.block[1]
 
 
-def place_problems(layer: LowPrecisionLinear) -> list[str]:
-    """What of the layer's quantization would differ from that of the whole matrix; empty if nothing would."""
-    place, found = layer.place, []
+def specs_of(slots: Slots) -> dict[str, QuantSpec | None]:
+    """Slot -> what it quantizes to; None: nothing."""
+    return {f"{gemm}.{side}": getattr(getattr(slots, gemm), side) for gemm in GEMMS for side in ("a", "b")}
+
+
+def place_problems(name: str, slots: Slots, place: Place) -> list[str]:
+    """What of a linear's quantization would differ from that of the whole matrix; empty if nothing would."""
+    found, specs = [], specs_of(slots)
     for slot, (kind, axis) in SLOT_AXES.items():
-        spec = layer.specs[slot]
-        if place is None or spec is None or kind not in place.split:
+        spec = specs[slot]
+        if spec is None or kind not in place.split:
             continue
         along_features = kind == "w" or axis == -1
         if spec.row_amax or along_features and (spec.block == "row" or spec.block == "tensor" and not spec.takes_amax):
-            found.append(f"{layer.name}: {slot} has scales of whole lines, of which each rank has a part; set tp to 1")
+            found.append(f"{name}: {slot} has scales of whole lines, of which each rank has a part; set tp to 1")
             continue
         down, across = block_of(spec, axis, 1, 1)
         runs = {1: place.columns(kind), 0: place.outputs if kind == "w" else ()}
@@ -249,7 +252,7 @@ def place_problems(layer: LowPrecisionLinear) -> list[str]:
         for dimension, parts in runs.items():
             if cut := [n for run in parts for n in run if n % unit[dimension]]:
                 found.append(
-                    f"{layer.name}: {slot} has blocks of {unit[dimension]} features, but a rank's part begins or ends "
+                    f"{name}: {slot} has blocks of {unit[dimension]} features, but a rank's part begins or ends "
                     f"at {cut[0]}; choose a smaller parallel.tp, or sizes that divide"
                 )
                 break

@@ -24,7 +24,7 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -159,7 +159,8 @@ class ZeroPlan:
 
     micro_batch:    samples a forward on one rank
     accumulation:   micro-batches a step
-    shards:         name -> what of the logical parameter the module holds; by default all of it, in the module's shape
+    shards:         name -> what of the logical parameter the module holds, or would hold in another pipeline stage; by
+                    default all of it, in the module's shape
     layout:         None when all ranks are data-parallel
     nodes:          groups of a reduction in two levels (gradients.two_level)
     seed:           of stochastic rounding
@@ -196,7 +197,7 @@ def build_engine(parts: Sequence[nn.Module], plan: ZeroPlan) -> Engine:
                 True  # DeepSpeed's own norm, at stage 3, counts other ones on one rank
             )
     shards = plan.shards or {name: Shard.of_whole(tuple(p.shape)) for name, p in parameters.items()}
-    _check_states(plan, {name: shards[name] for name in parameters})
+    _check_states(plan, shards)
     names = {id(parameter): name for name, parameter in parameters.items()}
     updater = Updater(plan.optimizer, {name: shards[name] for name in parameters}, device, seed=plan.seed)
     stage, layout = plan.zero.stage, plan.layout
@@ -236,29 +237,54 @@ def build_engine(parts: Sequence[nn.Module], plan: ZeroPlan) -> Engine:
 
 
 def _check_states(plan: ZeroPlan, shards: Mapping[str, Shard]) -> None:
-    """Refuse states that a part of a parameter cannot have as the whole parameter would."""
+    """Refuse what a part of a parameter cannot have as the whole one would; all at once, the same on all ranks."""
+    problems = [problem for name, shard in shards.items() if shard.split for problem in _misfits(plan, name, shard)]
+    if problems:
+        more = [f"and {len(problems) - 4} more"] if len(problems) > 4 else []
+        raise UsageError("\n".join(["optimizer states and gradients do not fit parallel.tp:", *problems[:4], *more]))
+
+
+def _misfits(plan: ZeroPlan, name: str, shard: Shard) -> Iterator[str]:
     storage: Update = plan.optimizer.storage
-    for name, shard in shards.items():
-        if not shard.split:
-            continue
-        parts, whole = storage.parts(shard.shape), storage.parts(shard.whole)
-        if [(key, part.per) for key, part in parts.items()] != [(key, part.per) for key, part in whole.items()]:
-            raise UsageError(
-                f"{name} has {math.prod(shard.shape)} elements on a rank, so few that its optimizer states would be "
-                "stored otherwise than unsharded ones; choose a smaller parallel.tp, or FP32 states"
-            )
-        if storage.sums_length(shard.shape) or any(part.per == 0 and part.length > 1 for part in parts.values()):
-            raise UsageError(
-                f"{name}: optimizer states of whole rows and columns (rank-1, factored) are not built for "
-                "parallel.tp above 1; choose block states, or tp 1"
-            )
-        if any(part.per > 1 for part in parts.values()) and not shard.multiples_of(UNIT):
-            raise UsageError(
-                f"{name}: parallel.tp cuts it within blocks of {UNIT} elements, by which its optimizer states are "
-                "stored; choose a smaller parallel.tp, sizes that divide, or states without blocks"
-            )
-    if plan.zero.stage == 3 and any(shard.split and not all(r.owned for r in shard.runs) for shard in shards.values()):
-        raise UsageError("zero.stage 3 with more tensor-parallel ranks than key/value heads is not built; use stage 2")
+    parts, whole = storage.parts(shard.shape), storage.parts(shard.whole)
+    if [(key, part.per, part.dtype) for key, part in parts.items()] != [
+        (key, part.per, part.dtype) for key, part in whole.items()
+    ]:
+        yield (
+            f"{name} has {math.prod(shard.shape)} elements on a rank, so few that its optimizer states would be stored "
+            "otherwise than unsharded ones; choose a smaller parallel.tp, or FP32 states"
+        )
+    if storage.sums_length(shard.shape) or any(part.per == 0 and part.length > 1 for part in parts.values()):
+        yield (
+            f"{name}: optimizer states of whole rows and columns (rank-1, factored) are not built for parallel.tp "
+            "above 1; choose block states, or tp 1"
+        )
+    if any(part.per > 1 for part in parts.values()) and not shard.multiples_of(UNIT):
+        yield (
+            f"{name}: parallel.tp cuts it within blocks of {UNIT} elements, by which its optimizer states are stored; "
+            "choose a smaller parallel.tp, sizes that divide, or states without blocks"
+        )
+    if shard.repeated and (why := _differs_between_copies(plan)):
+        yield (
+            f"{name}: parallel.tp exceeds the key/value heads, which ranks then hold copies of; {why} would let them "
+            "drift apart; choose a smaller parallel.tp, or drop it"
+        )
+
+
+def _differs_between_copies(plan: ZeroPlan) -> str | None:
+    """What would treat two copies of the same rows differently, because it looks at everything that a rank holds."""
+    optimizer, gradients = plan.optimizer, plan.gradients
+    if plan.zero.stage == 3:
+        return "zero.stage 3"
+    if parse_payload(gradients.payload).spec is not None:
+        return f"gradients.payload {gradients.payload}"
+    if gradients.accumulate == "fp8":
+        return "gradients.accumulate fp8"
+    if plan.zero.gather != "exact":
+        return f"zero.gather {plan.zero.gather}"
+    if optimizer.update == "stochastic" or optimizer.exp_avg.endswith("_sr") or optimizer.exp_avg_sq.endswith("_sr"):
+        return "stochastic rounding of weights or states"
+    return None
 
 
 def _groups(parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, ranks: int, fill: bool) -> list[dict]:

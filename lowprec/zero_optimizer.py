@@ -336,9 +336,15 @@ class LowPrecisionZero(_Base):
         return float(total.sqrt())
 
     def _advance_mu(self) -> None:
-        if self.mu is not None and self._saturated:
-            counts = torch.stack([count.reshape(()) for count, _ in self._saturated])
-            self.mu = next_mu(self.mu, float(counts.sum()) / sum(elements for _, elements in self._saturated))
+        if self.mu is None:
+            return
+        counts = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for saturated, elements in self._saturated:
+            counts += torch.stack([saturated.reshape(()).double(), counts.new_tensor(elements)])
+        # One mu for the whole model: replicas of a parameter must be quantized alike.
+        self._model_parallel_all_reduce(tensor=counts, op=dist.ReduceOp.SUM)
+        if counts[1] > 0:
+            self.mu = next_mu(self.mu, float(counts[0] / counts[1]))
 
     def _forget_gradients(self) -> None:
         self._accumulators.clear()

@@ -18,9 +18,10 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from errors import CheckpointError, UserError
+from errors import CheckpointError, UsageError, UserError
 from parallel import catalog
 from parallel.checkpoint import Checkpoint, load_weights, locate, open_checkpoint
 from parallel.dcp_index import tensors
@@ -103,7 +104,7 @@ def _kinds(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
 
 def _prune(options: argparse.Namespace) -> int:
     if options.keep < 1:
-        raise CheckpointError(f"--keep is {options.keep}; at least 1 checkpoint must stay")
+        raise UsageError(f"--keep is {options.keep}; at least 1 checkpoint must stay")
     root = options.path / catalog.FOLDER
     before = catalog.by_age(root)
     if not before:
@@ -117,10 +118,12 @@ def _prune(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> int:
     weights = load_weights(options.path)
     dtype = DTYPES[options.dtype]
+    partial = options.out.with_name(options.out.name + ".tmp")
     try:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}, options.out)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {options.out}: {error.strerror}") from None
+        save_file({name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}, partial)
+        partial.replace(options.out)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {options.out}: {error}") from None
     print(f"{len(weights)} tensors, {options.dtype}, in {options.out}")
     return 0

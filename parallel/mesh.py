@@ -8,8 +8,10 @@ least, are farthest apart.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch.distributed as dist
@@ -85,10 +87,11 @@ class ParallelConfig:
     def _stage_problems(self) -> list[str]:
         found, each = [], self.stages_per_rank
         if self.pp == 1:
+            unused = {"stages_per_rank": None, "stage_layers": None, "schedule": "1f1b"}
             return [
                 f"{key} is {getattr(self, key)} with parallel.pp 1; set parallel.pp above 1, or drop it"
-                for key in ("stages_per_rank", "stage_layers")
-                if getattr(self, key) is not None
+                for key, default in unused.items()
+                if getattr(self, key) != default
             ]
         if each is not None:
             if each < 1:
@@ -149,6 +152,7 @@ class ParallelConfig:
 class Mesh:
     """This rank's place and groups. A group is None where the degree is one, or where it is the default group.
 
+    timeout_s:  of every group's collectives
     tied_group: this rank and the one that holds the other copy of tied embeddings: the first and last pipeline ranks
     """
 
@@ -157,6 +161,7 @@ class Mesh:
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    timeout_s: int = 1800
     tp_group: dist.ProcessGroup | None = field(default=None, repr=False)
     pp_group: dist.ProcessGroup | None = field(default=None, repr=False)
     dp_group: dist.ProcessGroup | None = field(default=None, repr=False)
@@ -193,7 +198,7 @@ def build_mesh(config: ParallelConfig, rank: int | None = None, world_size: int 
     tp, pp = config.tp, config.pp
     assert world_size % (tp * pp) == 0, "refused by the recipe"
     dp = world_size // (tp * pp)
-    place = Mesh(rank, world_size, tp, pp, dp)
+    place = Mesh(rank, world_size, tp, pp, dp, config.timeout_s)
     if not groups or not place.sharded:
         return place
 
@@ -202,22 +207,26 @@ def build_mesh(config: ParallelConfig, rank: int | None = None, world_size: int 
 
     tps, dps, pps = range(tp), range(dp), range(pp)
     ends = (0, pp - 1)
-    return Mesh(
-        *(rank, world_size, tp, pp, dp),
-        tp_group=_mine([at(t, d, p) for t in tps] for d in dps for p in pps),
-        pp_group=_mine([at(t, d, p) for p in pps] for t in tps for d in dps),
-        dp_group=_mine([at(t, d, p) for d in dps] for t in tps for p in pps),
-        model_group=_mine([at(t, d, p) for p in pps for t in tps] for d in dps),
-        stage_group=_mine([at(t, d, p) for d in dps for t in tps] for p in pps),
-        tied_group=_mine([at(t, d, p) for p in ends] for t in tps for d in dps) if pp > 1 else None,
+    mine = functools.partial(_mine, config.timeout_s)
+    return replace(
+        place,
+        tp_group=mine([at(t, d, p) for t in tps] for d in dps for p in pps),
+        pp_group=mine([at(t, d, p) for p in pps] for t in tps for d in dps),
+        dp_group=mine([at(t, d, p) for d in dps] for t in tps for p in pps),
+        model_group=mine([at(t, d, p) for p in pps for t in tps] for d in dps),
+        stage_group=mine([at(t, d, p) for d in dps for t in tps] for p in pps),
+        tied_group=mine([at(t, d, p) for p in ends] for t in tps for d in dps) if pp > 1 else None,
     )
 
 
-def _mine(members: Iterable[list[int]]) -> dist.ProcessGroup | None:
-    """Make every group, in the same order on all ranks; return the one that this rank is in."""
+def _mine(timeout_s: int, members: Iterable[list[int]]) -> dist.ProcessGroup | None:
+    """Make every group, in the same order on all ranks; return the one that this rank is in.
+
+    torch gives a group its own default timeout, not that of the default group.
+    """
     mine: Any = None
     for ranks in members:
-        group = dist.new_group(ranks)
+        group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s))
         if dist.get_rank() in ranks:
             mine = group
     return mine
@@ -242,7 +251,7 @@ def node_groups(mesh: Mesh, node_size: int) -> tuple[dist.ProcessGroup | None, d
             )
         inside += nodes.values()
         between += [list(column) for column in zip(*nodes.values(), strict=True)]
-    return _mine(inside), _mine(between)
+    return _mine(mesh.timeout_s, inside), _mine(mesh.timeout_s, between)
 
 
 class Mpu:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -62,55 +63,53 @@ class ResumeConfig:
 
 
 class Saver:
-    """Saves a run's checkpoints as `config` says. Made by all ranks together, after the process group."""
+    """Saves a run's checkpoints as `config` says. Made by all ranks together, after the process group.
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig) -> None:
-        self._run_dir, self._config = run_dir, config
+    announce:  called in the thread of training with the directory of a checkpoint that is complete
+    timeout_s: of the agreements behind training
+    """
+
+    def __init__(
+        self, run_dir: Path, config: CheckpointConfig, announce: Callable[[Path], object], timeout_s: int = 1800
+    ) -> None:
+        self._run_dir, self._config, self._announce = run_dir, config, announce
         self._pending: Future[Path] | None = None
         if config.behind:
-            self._group: Any = dist.new_group(backend="gloo")
+            self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
             self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
-    def save(
-        self,
-        step: int,
-        fragments: Sequence[Fragment],
-        meta: dict[str, Any],
-        own: Mapping[str, Tensor],
-        saved: Callable[[Path], object],
-    ) -> None:
+    def save(self, step: int, fragments: Sequence[Fragment], meta: dict[str, Any], own: Mapping[str, Tensor]) -> None:
         """Save the checkpoint after `step`; arguments as of `parallel.checkpoint.save`. Collective.
 
-        saved: called with its directory when it is complete, from the thread that wrote it.
         Raises CheckpointError of this save, or of the one before it.
         """
         self.finish()
         if not self._config.behind:
-            saved(save(self._run_dir, step, fragments, meta, own=own, keep=self._config.keep))
+            self._announce(save(self._run_dir, step, fragments, meta, own=own, keep=self._config.keep))
             return
         copies = [
             replace(fragment, tensors={kind: _copied(tensor) for kind, tensor in fragment.tensors.items()})
             for fragment in fragments
         ]
         mine = {kind: _copied(tensor) for kind, tensor in own.items()}
-
-        def write() -> Path:
-            path = save(self._run_dir, step, copies, meta, own=mine, group=self._group, keep=self._config.keep)
-            saved(path)
-            return path
-
-        self._pending = self._threads.submit(write)
+        options = {"own": mine, "group": self._group, "keep": self._config.keep}
+        self._pending = self._threads.submit(save, self._run_dir, step, copies, meta, **options)
 
     @property
     def busy(self) -> bool:
         """Whether a save is being written."""
         return self._pending is not None and not self._pending.done()
 
+    def poll(self) -> None:
+        """Announce a save that has become complete since; a failed one is left to `finish`, where all ranks meet it."""
+        if self._pending is not None and self._pending.done() and self._pending.exception() is None:
+            self.finish()
+
     def finish(self) -> None:
         """Wait for the save in flight, if there is one. Raises its CheckpointError, on every rank."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            pending.result()
+            self._announce(pending.result())
 
 
 def _copied(tensor: Tensor) -> Tensor:

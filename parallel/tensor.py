@@ -81,14 +81,14 @@ def shard_of(weight: str, whole: tuple[int, ...], rank: int, size: int) -> Shard
         part = width // size
         return Shard(whole, (*whole[:-1], part), (Run(0, matrix_shape(whole)[0]),), (rank * part, part))
     runs, shape = _RUNS[style](whole, rank, size)
-    return Shard(whole, shape, runs, (0, width))
+    return Shard(whole, shape, runs, (0, width), repeated=style == "heads" and whole[0] < size)
 
 
 def _bias_of(weight: Shard, whole: tuple[int, ...], rank: int) -> Shard:
     """The biases of the rows that a rank has; all of them where columns are split."""
     if not weight.split or weight.columns[1] < matrix_shape(weight.whole)[1]:
         return Shard.of_whole(whole, owned=rank == 0)
-    return Shard(whole, (sum(run.rows for run in weight.runs),), weight.runs, (0, 1))
+    return Shard(whole, (sum(run.rows for run in weight.runs),), weight.runs, (0, 1), weight.repeated)
 
 
 def _row_runs(whole: tuple[int, ...], rank: int, size: int) -> tuple[tuple[Run, ...], tuple[int, ...]]:
@@ -186,7 +186,7 @@ def connect(
         if hasattr(part, "cross_entropy"):
             part.cross_entropy = VocabularyCrossEntropy(part.cross_entropy.z_loss, tp.rank, tp.group)
         for name, parameter in part.named_parameters():
-            if sync := _gradient_sync(name, held[name], tp):
+            if sync := _gradient_sync(name, held, tp):
                 parameter.register_hook(sync)
 
 
@@ -211,31 +211,31 @@ def _leave(tp: TensorParallel, bias: Tensor | None) -> Callable[[nn.Module, tupl
     return hook
 
 
-def _gradient_sync(name: str, held: Shard, tp: TensorParallel) -> Callable[[Tensor], Tensor] | None:
+def _gradient_sync(name: str, held: Mapping[str, Shard], tp: TensorParallel) -> Callable[[Tensor], Tensor] | None:
     """What adds up the gradients of a parameter of which every rank sees only some tokens, or some heads."""
-    if held.split:
-        repeated = style_of(name.rpartition(".")[0]) == "heads" and held.whole[0] < tp.size
-        return _sync_heads(held, tp) if repeated else None
+    if held[name].split:
+        return _sync_heads(name, held, tp) if held[name].repeated else None
     seen_in_part = name.endswith(("q_norm.weight", "k_norm.weight"))
     if not (seen_in_part or tp.sp):
         return None  # every rank computes the same gradient from the same numbers
 
-    def add(gradient: Tensor) -> Tensor:
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient, group=tp.group)
-        return gradient
+    def add(gradient: Tensor | None) -> Tensor | None:
+        return None if gradient is None else comm.all_reduced(gradient, tp.group)
 
-    return add
+    return add  # pyright: ignore[reportReturnType]
 
 
-def _sync_heads(held: Shard, tp: TensorParallel) -> Callable[[Tensor], Tensor]:
-    kv_heads = held.whole[0]
-    kv_head, rows = tp.rank // (tp.size // kv_heads), held.runs[-1].rows
+def _sync_heads(name: str, held: Mapping[str, Shard], tp: TensorParallel) -> Callable[[Tensor], Tensor]:
+    """Of key and value rows that several ranks hold; a split backward hands over no gradient at first (None)."""
+    kv_heads = held[f"{name.rpartition('.')[0]}.weight"].whole[0]
+    kv_head, rows = tp.rank // (tp.size // kv_heads), held[name].runs[-1].rows
 
-    def add(gradient: Tensor) -> Tensor:
+    def add(gradient: Tensor | None) -> Tensor | None:
+        if gradient is None:
+            return None
         whole = gradient.new_zeros(kv_heads, rows, *gradient.shape[1:])
         whole[kv_head] = gradient[-rows:]
         dist.all_reduce(whole, group=tp.group)
         return torch.cat([gradient[:-rows], whole[kv_head]])
 
-    return add
+    return add  # pyright: ignore[reportReturnType]

@@ -72,8 +72,10 @@ def build(
         devices=mesh.world_size,
         device=device,
     )
-    saver = Saver(Path(recipe.run.dir), recipe.checkpoint)
-    run = Run(recipe, mesh, device, data, local, Records(recipe, scale), saver, stop)
+    records = Records(recipe, scale)
+    announce = lambda path: records.message(f"saved {path}")  # noqa: E731
+    saver = Saver(Path(recipe.run.dir), recipe.checkpoint, announce, recipe.parallel.timeout_s)
+    run = Run(recipe, mesh, device, data, local, records, saver, stop)
     _restore(run, start, allow_precision_change)
     if mesh.rank == 0:
         _open_records(run, launch, start, resume, wandb_mode)

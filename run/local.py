@@ -3,8 +3,8 @@
     recipe -> stages of this rank -> tensor-parallel shards -> memory -> low precision -> communication -> ZeRO
            -> pipeline schedule
 
-No rank ever holds the whole model, and initial weights are the same for every layout: they are drawn by name and
-element (model/init.py).
+No rank ever holds the whole model (but while it reads model.init_from), and initial weights are the same for every
+layout: they are drawn by name and element (model/init.py).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def build_local(
     if should_compile(recipe, device):
         compile_parts(parts)
     nodes = node_groups(mesh, node_size or mesh.world_size) if recipe.gradients.two_level else None
-    engine = build_engine(parts, replace(_zero_plan(recipe, mesh, held), nodes=nodes))
+    engine = build_engine(parts, replace(_zero_plan(recipe, mesh, parts, held), nodes=nodes))
     return Local(parts, precision, engine, _pipeline(recipe, mesh, device, parts, precision, engine))
 
 
@@ -97,13 +97,8 @@ def _parts(recipe: Recipe, mesh: Mesh, gemm_dtype: torch.dtype) -> list[Transfor
 
 
 def _shards(recipe: Recipe, mesh: Mesh, parts: Sequence[Transformer], tp: tensor.TensorParallel) -> dict[str, Shard]:
-    """What this rank holds of each of its parameters."""
-    here = {name for part in parts for name, _ in part.named_parameters()}
-    shapes = {
-        name: logical_shape(recipe.model, name, shape)
-        for name, shape in parameter_shapes(recipe.model).items()
-        if name in here
-    }
+    """What this rank holds of each parameter of the model, if its stage has it."""
+    shapes = {name: logical_shape(recipe.model, name, shape) for name, shape in parameter_shapes(recipe.model).items()}
     held = tensor.shards(shapes, tp)
     if _second_copy(mesh, parts):
         held["embedding.weight"] = held["embedding.weight"].disowned()
@@ -137,7 +132,7 @@ def _precision(
         gemm_dtype=gemm_dtype,
         swap_all=mesh.pp > 1 and recipe.parallel.schedule in SPLIT_BACKWARD,
         linears=linears,
-        places={name: place for name in linears if (place := _place(f"{name}.weight", held, mesh))},
+        places={name: place for name in linears if (place := _place(held[f"{name}.weight"], mesh))},
     )
     precision = Precision(parts, load_policy(recipe.precision.policy), recipe.precision, facts)
     for part in parts:
@@ -145,10 +140,9 @@ def _precision(
     return precision
 
 
-def _place(weight: str, held: dict[str, Shard], mesh: Mesh) -> Place | None:
-    """Where a linear's matrices lie among the tensor-parallel ranks'; None if it is whole, or not here."""
-    shard = held.get(weight)
-    if shard is None or not shard.split:
+def _place(shard: Shard, mesh: Mesh) -> Place | None:
+    """Where a linear's matrices lie among the tensor-parallel ranks'; None if it is whole."""
+    if not shard.split:
         return None
     by_rows = shard.columns[1] == matrix_shape(shard.whole)[1]
     split = frozenset({"w", "dy"} if by_rows else {"w", "x"})
@@ -166,6 +160,11 @@ def _payloads(recipe: Recipe, precision: Precision) -> dict[str, Payload]:
         for name in tables[0]
         if tensor.enters(name) and all(table[name].fprop.a == payload.spec for table in tables)
     ]
+    if recipe.model.hidden_size % payload.block:
+        raise UsageError(
+            f"parallel.sp_payload {payload.name} has blocks of {payload.block}, which model.hidden_size "
+            f"{recipe.model.hidden_size} would cut; use parallel.sp_payload=exact"
+        )
     if not found:
         raise UsageError(
             f"parallel.sp_payload is {payload.name}, but the forward of no linear quantizes its input so under policy "
@@ -174,10 +173,10 @@ def _payloads(recipe: Recipe, precision: Precision) -> dict[str, Payload]:
     return dict.fromkeys(found, payload)
 
 
-def _zero_plan(recipe: Recipe, mesh: Mesh, held: dict[str, Shard]) -> ZeroPlan:
+def _zero_plan(recipe: Recipe, mesh: Mesh, parts: Sequence[Transformer], held: dict[str, Shard]) -> ZeroPlan:
     train, layout = recipe.train, None
     if mesh.sharded:
-        tied = mesh.pp > 1 and recipe.model.tied_embeddings and "embedding.weight" in held
+        tied = mesh.pp > 1 and recipe.model.tied_embeddings and any(hasattr(part, "embedding") for part in parts)
         both = recipe.parallel.stages - 1 in stages_of(0, recipe.parallel)
         layout = Layout(
             Mpu(mesh),

@@ -120,6 +120,7 @@ class Run:
         mine = torch.stack([loss, self._number(self.signals.name is not None)])
         dist.all_reduce(mine)
         self.stop_agreed = bool(mine[1])
+        self.saver.poll()
         norm = self.engine.parameter_norm()
         return self.records.step_record(
             step=self.step,
@@ -148,7 +149,8 @@ class Run:
         """What decides which rank holds what: ranks of another layout cannot take over each other's own states."""
         mesh, zero = self.mesh, self.recipe.zero
         stages = stage_layers(self.recipe)
-        return {"dp": mesh.dp, "tp": mesh.tp, "pp": mesh.pp, "stages": list(stages), "zero": zero.stage}
+        degrees: dict[str, object] = {"dp": mesh.dp, "tp": mesh.tp, "pp": mesh.pp}
+        return degrees | {"schedule": self.recipe.parallel.schedule, "stages": list(stages), "zero": zero.stage}
 
     def stop_reason(self) -> str | None:
         """Why the run stops at this step edge, the same decision on all ranks; None to go on."""
@@ -203,16 +205,21 @@ class Run:
             "gemm_dtype": str(self.precision.shared.gemm_dtype).removeprefix("torch."),
         }
         if self.recipe.resume.verify:
-            meta["replay"] = self.replay()
-        own = random_states(self.device) | self.engine.own_states()
-        self.saver.save(self.step, self.fragments(), meta, own, lambda path: self.records.message(f"saved {path}"))
+            count = self.recipe.train.global_batch
+            meta["replay"] = {"loss": self.replay(count), "samples": count, "by": self._arithmetic()}
+        self.saver.save(self.step, self.fragments(), meta, random_states(self.device) | self.engine.own_states())
 
-    def replay(self) -> float:
-        """The loss of the weights as they are on the batch of the step before. Collective."""
-        count, micro_batch = self.recipe.train.global_batch, self.recipe.train.micro_batch
+    def replay(self, count: int) -> float:
+        """The loss of the weights as they are on the `count` sequences before the position. Collective."""
         self.begin_step()
-        batch = Replayed(self.data.train, self.samples - count)
+        batch, micro_batch = Replayed(self.data.train, self.samples - count), self.recipe.train.micro_batch
         return validation_loss(self.local, batch, count, micro_batch, self.mesh, self.device)
+
+    def _arithmetic(self) -> dict[str, object]:
+        """What the order of additions in a forward depends on."""
+        parallel, micro_batch = self.recipe.parallel, self.recipe.train.micro_batch
+        sp = {"sp": parallel.sp, "sp_payload": parallel.sp_payload}
+        return self.layout() | sp | {"micro_batch": micro_batch, "device": self.device.type}
 
     def prove_resume(self, start: checkpoint.Checkpoint) -> None:
         """Replay what `start` noted when it was saved; CheckpointError if it is not the same. Collective."""
@@ -223,15 +230,19 @@ class Run:
             raise CheckpointError(
                 f"resume.verify is true, but {start.path} was saved without it; resume once with resume.verify=false"
             )
-        found = self.replay()
-        same = start.meta["layout"] == self.layout() and start.meta["recipe"]["device"] == self.recipe.device
-        if not math.isclose(found, saved, rel_tol=0.0 if same else 0.01):
+        if start.meta["precision"] != self.precision.table():
+            self.records.message("not replayed: the checkpoint is of another precision, as was allowed")
+            return
+        found, same = self.replay(saved["samples"]), saved["by"] == self._arithmetic()
+        if not math.isclose(found, saved["loss"], rel_tol=0.0 if same else 0.01):
+            limit = "the same layout: they must be equal" if same else "another layout, limit 1 %"
             raise CheckpointError(
-                f"{start.path}: the loss of its weights on the batch of step {start.step} was {saved!r} when it was "
-                f"saved and is {found!r} now ({'same layout: they must be equal' if same else 'limit: 1 %'}); the "
-                "data, the machine or the code are not those of the saved run"
+                f"{start.path}: the loss of its weights on the batch of step {start.step} was {saved['loss']!r} when "
+                f"it was saved and is {found!r} now ({limit}); the data, the machine or the code are not those of the "
+                "saved run"
             )
-        self.records.message(f"replayed the batch of step {start.step}: loss {found:.6f}, saved {saved:.6f}")
+        self.precision.shared.counts.clear()  # the receipt speaks of training
+        self.records.message(f"replayed the batch of step {start.step}: loss {found:.6f}, saved {saved['loss']:.6f}")
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

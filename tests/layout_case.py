@@ -109,7 +109,29 @@ class Case:
         self.local.engine.restore_own_states(own)
         return start.step
 
+    def assert_copies_equal(self) -> None:
+        """Rows of working weights that several ranks hold are the same bits on all of them. Collective."""
+        if self.recipe.zero.stage == 3:
+            return  # holds no whole weights
+        mine: dict[tuple[str, int, int], bytes] = {}
+        for part in self.local.parts:
+            for name, parameter in part.named_parameters():
+                shard = self.local.engine.updater.shards[name]
+                rows = parameter.detach().float().reshape(-1, shard.columns[1])
+                for run, piece in zip(shard.runs, rows.split([run.rows for run in shard.runs]), strict=True):
+                    mine[name, run.start, shard.columns[0]] = piece.numpy().tobytes()
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        for other in everyone:
+            drifted = [key for key in mine.keys() & other.keys() if mine[key] != other[key]]
+            assert not drifted, drifted
+
 
 def train_cases(rank: int, cases: list[tuple[str, ...]], steps: int) -> list[Outcome]:
-    """For `run_ranks`: the outcome of every case, one after the other."""
-    return [Case(case).run(0, steps) for case in cases]
+    """For `run_ranks`: the outcome of every case, one after the other; copies of weights have stayed equal."""
+    found = []
+    for overrides in cases:
+        case = Case(overrides)
+        found.append(case.run(0, steps))
+        case.assert_copies_equal()
+    return found

@@ -45,12 +45,15 @@ def test_prune_keeps_the_newest(tmp_path, capsys):
         save_alone(tmp_path, step, keep=9)
     assert main(["prune", str(tmp_path), "--keep", "2"]) == 0
     assert sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*")) == ["step-00000002", "step-00000003"]
-    assert main(["prune", str(tmp_path), "--keep", "0"]) == 4
+    assert main(["prune", str(tmp_path), "--keep", "0"]) == 2
     assert "at least 1" in capsys.readouterr().err
 
 
 def test_convert_writes_the_weights(tmp_path):
     save_alone(tmp_path, 5)
+    assert main(["convert", str(tmp_path), str(tmp_path / "out")]) == 0  # a file
+    assert main(["convert", str(tmp_path), str(tmp_path / "out/w.safetensors"), "--dtype", "bf16"]) == 4
+    (tmp_path / "out").unlink()
     assert main(["convert", str(tmp_path), str(tmp_path / "out/w.safetensors"), "--dtype", "bf16"]) == 0
     written = load_file(tmp_path / "out/w.safetensors")
     assert written.keys() == SHAPES.keys()
@@ -79,8 +82,8 @@ def _behind(rank: int, folder: Path) -> tuple[float, list[str], str]:
         return original(*args, **kwargs)
 
     saver.save = slow
-    made = Saver(folder, CheckpointConfig(behind=True))
-    made.save(1, [fragment], {}, {}, lambda path: written.append(path.name))
+    made = Saver(folder, CheckpointConfig(behind=True), lambda path: written.append(path.name))
+    made.save(1, [fragment], {}, {})
     assert made.busy and not written
     weight.fill_(7.0)  # training goes on
     gate.set()
@@ -88,7 +91,7 @@ def _behind(rank: int, folder: Path) -> tuple[float, list[str], str]:
     found = float(checkpoint.load_weights(folder)["w"].min())
     saver.save = original
     broken = Fragment("w", (16,), 8, {"weight": weight})  # both ranks hold the same half
-    made.save(2, [broken], {}, {}, lambda path: written.append(path.name))
+    made.save(2, [broken], {}, {})
     with pytest.raises(CheckpointError) as error:
         made.finish()
     return found, written, str(error.value)

@@ -10,6 +10,7 @@ import functools
 
 import pytest
 
+from errors import UsageError
 from tests.layout_case import Case, Outcome, train_cases
 from tests.spawn import run_ranks
 
@@ -41,7 +42,8 @@ QUICK: dict[int, list[tuple[str, ...]]] = {
         pp(2, "1f1b", TIED, "model.recompute=full", "parallel.stage_layers=[5, 3]"),
     ],
     4: [
-        tp(4, zero(1), sp=True),  # two key/value heads for four ranks
+        tp(4, zero(1), "model.bias=true", sp=True),  # two key/value heads for four ranks
+        tp(2, *pp(2, "zbv", "model.num_kv_heads=1", "model.bias=true")),
         tp(2, zero(3), TIED, sp=True),
         tp(2, *pp(2, "1f1b", TIED), sp=True),
         tp(2, *pp(2, "interleaved_zero_bubble")),
@@ -105,6 +107,39 @@ def check(ranks: int, cases: list[tuple[str, ...]], steps: int, timeout: float) 
 @pytest.mark.parametrize("ranks", QUICK)
 def test_layouts_equal_one_process(ranks):
     check(ranks, QUICK[ranks], 4, 300)
+
+
+LOW = ("model.dtype=bf16", "gradients.payload=fp8_lm", "gradients.accumulate=fp8", "optimizer.master=none")
+
+
+def test_copies_stay_equal_in_low_precision():
+    """Norms of tensor-parallel ranks and tied embeddings of pipelines, under one mu and the same random bits."""
+    low = (*LOW, "optimizer.update=stochastic", "train.micro_batch=1", TIED)
+    cases = [tp(2, *low, sp=True), pp(2, "1f1b", *low), pp(2, "interleaved_1f1b", *low)]
+    for outcomes in run_ranks(train_cases, 2, cases, 4):
+        assert all(outcome.losses[-1] < 10 for outcome in outcomes)
+
+
+def _fails(rank: int, overrides: tuple[str, ...]) -> str:
+    with pytest.raises(UsageError) as error:
+        Case(overrides)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (tp(4, *LOW), ["layers.0.attention.qkv.weight", "exceeds the key/value heads", "gradients.payload fp8_lm"]),
+        (tp(4, zero(3)), ["exceeds the key/value heads", "zero.stage 3"]),
+        (tp(4, "model.dtype=bf16", "optimizer.exp_avg=bf16", "model.hidden_size=64"), ["so few that", "mlp.gate_up"]),
+        (tp(4, "optimizer.exp_avg_sq=linear4_rank1", "model.hidden_size=256"), ["whole rows and columns"]),
+        (tp(4, "optimizer.exp_avg=dynamic4_b128", "model.hidden_size=512"), ["within blocks of 256", "attention.out"]),
+        (tp(4, "model.dtype=bf16", "precision.policy=mxfp8"), ["blocks of 32 features", "attention.out"]),
+    ],
+)
+def test_what_tensor_parallelism_would_change_is_refused_on_every_rank(overrides, words):
+    for message in run_ranks(_fails, 4, overrides):
+        assert all(word in message for word in words), message
 
 
 def _held(rank: int, cases: list[tuple[str, ...]]) -> list[dict[str, int]]:

@@ -30,6 +30,7 @@ MODEL = (
 # Packed 4-bit states in blocks, no FP32 masters, stochastic rounding; and BF16 with FP32 masters
 LEAN = (
     *MODEL,
+    "model.tied_embeddings=true",
     "optimizer.exp_avg=dynamic4_b128",
     "optimizer.exp_avg_sq=linear4_b128",
     "optimizer.master=none",
