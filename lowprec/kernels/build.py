@@ -5,7 +5,8 @@ sources, of the flags and of torch's version: a changed source is a new name, an
 instruction set has its own file, which asks the compiler for it by itself, so that one library serves every machine of
 its architecture. Several ranks may start at once: the first one builds under a file lock, the others wait for it.
 
-Flags: contraction into fused multiply-adds would change results; -fno-math-errno does not.
+Flags: contraction into fused multiply-adds would change results; -fno-math-errno does not. Without -fopenmp torch's
+parallel_for, which is a header, runs on one thread and says nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import fcntl
 import hashlib
 import logging
 import shutil
+import sys
 import time
 from functools import cache
 from pathlib import Path
@@ -24,7 +26,9 @@ from torch.utils import cpp_extension
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "cpu"
-FLAGS = ("-O3", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi")
+# Apple's compiler has no OpenMP of its own.
+OPENMP = ("-fopenmp",) if sys.platform == "linux" else ()
+FLAGS = ("-O3", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", *OPENMP)
 
 
 def library_name() -> str:
@@ -55,6 +59,7 @@ def _build(name: str) -> None:
                 name,
                 [str(source) for source in sorted(SOURCES.glob("*.cpp"))],
                 extra_cflags=list(FLAGS),
+                extra_ldflags=list(OPENMP),
                 build_directory=str(directory),
                 is_python_module=False,
             )
