@@ -15,7 +15,6 @@ bubble (waiting for the other rank, sending and receiving). The simulator gets t
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections import defaultdict
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import train
 from bench.common import Figures, on_ranks, parser, report
 from data.stream import Batch
 from parallel.bubble import Times, bubble, simulate
@@ -81,19 +81,19 @@ def measure(rank: int, options: argparse.Namespace) -> Figures:
 
 
 def _measure(recipe: Recipe, steps: int) -> Figures:
-    mesh, train = build_mesh(recipe.parallel), recipe.train
+    mesh, sizes = build_mesh(recipe.parallel), recipe.train
     local = build_local(recipe, mesh, torch.device("cpu"), torch.float32)
     local.engine.fill_weights(initial_weights(recipe))
     assert local.pipeline is not None
-    timers, walls, micro_batches = Timers(local.pipeline), [], train.global_batch // train.micro_batch
+    timers, walls, micro_batches = Timers(local.pipeline), [], sizes.global_batch // sizes.micro_batch
     busy = 0.0
     for step in range(steps + 1):
-        tokens = torch.randint(recipe.model.vocab_size, (train.global_batch, train.seq_len + 1))
-        batches = [Batch(rows[:, :-1], rows[:, 1:], None, None) for rows in tokens.split(train.micro_batch)]
+        tokens = torch.randint(recipe.model.vocab_size, (sizes.global_batch, sizes.seq_len + 1))
+        batches = [Batch(rows[:, :-1], rows[:, 1:], None, None) for rows in tokens.split(sizes.micro_batch)]
         local.precision.begin_step(step)
         dist.barrier()
         start = time.perf_counter()
-        local.pipeline.step((i * train.micro_batch * train.seq_len, batch) for i, batch in enumerate(batches))
+        local.pipeline.step((i * sizes.micro_batch * sizes.seq_len, batch) for i, batch in enumerate(batches))
         dist.barrier()
         walls.append(time.perf_counter() - start)
         local.engine.step(1e-4)
@@ -127,7 +127,7 @@ def main() -> None:
     made.add_argument("--steps", type=int, default=5)
     made.add_argument("overrides", nargs="*", metavar="section.key=value")
     options = made.parse_args()
-    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it
+    train.read_launch()  # sets what DeepSpeed insists on
     report(on_ranks(measure, RANKS, 1, options), options.json)
 
 

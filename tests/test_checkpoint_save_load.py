@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from errors import CheckpointError
-from parallel.checkpoint import CheckpointConfig, load, load_weights, newest, open_checkpoint, read_meta, resolve, save
+from parallel.checkpoint import load, load_weights, newest, open_checkpoint, read_meta, resolve, save
+from parallel.saver import CheckpointConfig
 from tests.checkpoint_case import KINDS, SHAPES, Piece, assert_equal, pieces, save_alone, truth
 from tests.spawn import run_ranks
 
