@@ -43,6 +43,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.utils.serialization import config as serialization
 
 from errors import CheckpointError
 from lowprec.codecs import UNIT
@@ -198,7 +199,7 @@ class _Files(filesystem.FileSystem):
             self.errors.append(error)
             raise
         try:
-            with stream:
+            with stream, serialization.patch("save.compute_crc32", False):  # the manifest has SHA-256
                 yield stream
         except Exception as error:  # raised by Writer in the caller's thread
             self.errors.append(_system_error(error, path))

@@ -131,7 +131,8 @@ try:
         if mode == "error":
             raise RuntimeError("boom")
         if mode == "interrupt":
-            time.sleep(60)
+            for _ in range(600):  # a signal just before a long sleep would wait for its end
+                time.sleep(0.1)
 except KeyboardInterrupt:
     sys.exit(130)
 """
