@@ -199,7 +199,8 @@ class _Files(filesystem.FileSystem):
             self.errors.append(error)
             raise
         try:
-            with stream, serialization.patch("save.compute_crc32", False):  # the manifest has SHA-256
+            # No CRC: the manifest has SHA-256.
+            with stream, serialization.patch("save.compute_crc32", False):  # pyright: ignore[reportAttributeAccessIssue]
                 yield stream
         except Exception as error:  # raised by Writer in the caller's thread
             self.errors.append(_system_error(error, path))
