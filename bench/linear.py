@@ -1,12 +1,13 @@
 """One linear, forward and backward, in each precision over the same linear in BF16: ratios of time, in one process.
 
-    python -m bench.linear [--threads 2] [--repetitions 15] [--json FILE|-]
+    python -m bench.linear [--threads 2] [--repetitions 15] [--reference] [--json FILE|-]
 
 Large is M 2048, K 1024, N 1024 (keys without suffix); small is M 1024, K 256, N 256 (`_small`). The baseline is the
 model's own linear with the same FP32 gradient accumulator and the dtype of GEMMs that a run on this machine would
 choose (`gemm_dtype`); for `_fp32_wgrad` both sides give the weight gradient in FP32. The weight's quantized copies are
 made in each repetition, as in a run without gradient accumulation. `_plain` is the path without a compiler
-(lowprec/reference.py). `_unpacked` keeps the saved input decoded. Minimum over interleaved repetitions.
+(lowprec/reference.py). `_unpacked` keeps the saved input decoded. `mxfp8_torchao` is torchao's emulated MXFP8 linear.
+Minimum over interleaved repetitions.
 """
 
 from __future__ import annotations
@@ -59,6 +60,25 @@ def step(
     return run
 
 
+def torchao_step(shape: tuple[int, int, int]) -> Callable[[], None]:
+    """The same with torchao's MXFP8 linear, its three GEMMs quantized too. Raises SystemExit without torchao."""
+    try:
+        from torchao.prototype.moe_training import mxfp8_linear  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise SystemExit(f"--reference needs torchao: pip install torchao ({error})") from None
+    tokens, features, outputs = shape
+    x = torch.randn(tokens, features).bfloat16().requires_grad_()
+    weight = (torch.randn(outputs, features) * 0.02).bfloat16().requires_grad_()
+    dy = (torch.randn(tokens, outputs) * 1e-3).bfloat16()
+    kernels, scaling = mxfp8_linear.KernelPreference.EMULATED, mxfp8_linear.ScaleCalculationMode.RCEIL
+
+    def run() -> None:
+        x.grad = None
+        mxfp8_linear._to_mxfp8_then_scaled_mm(x, weight, kernels, scaling).backward(dy)
+
+    return run
+
+
 @contextmanager
 def plain_path() -> Iterator[None]:
     """Take the reference for everything, as on a machine without a compiler."""
@@ -90,6 +110,7 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--threads", type=int, default=2)
     made.add_argument("--repetitions", type=int, default=15)
+    made.add_argument("--reference", action="store_true", help="also torchao's linear, where it is installed (slow)")
     options = made.parse_args()
     keep_memory()
     torch.set_num_threads(options.threads)
@@ -107,6 +128,8 @@ def main() -> None:
         if not suffix:
             variants["mxfp8_plain"] = step("mxfp8", shape, gemm_dtype)
             variants["nvfp4_plain"] = step("nvfp4", shape, gemm_dtype)
+            if options.reference:
+                variants["mxfp8_torchao"] = torchao_step(shape)
         seconds = minimum(variants, options.repetitions)
         figures[f"bf16_ms{suffix}"] = 1e3 * seconds["bf16"]
         for name in variants:

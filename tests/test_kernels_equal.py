@@ -3,53 +3,69 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import Tensor
 
 from lowprec import kernels, reference
-from lowprec.formats import resolve_spec
+from lowprec.formats import QuantSpec, resolve_spec
 from lowprec.quantized import Axis
 from tests.kernel_cases import CASES, KEY, STOCHASTIC, assert_same, matrices
 
 pytestmark = pytest.mark.skipif(not kernels.available(), reason=str(kernels.unavailable_because()))
 
 SHAPES = [(32, 128), (130, 50), (1, 7)]
+ISAS = torch.ops.lowprec_cpu.isas().split() if kernels.available() else []
 
 
-@pytest.fixture(params=torch.ops.lowprec_cpu.isas().split() if kernels.available() else [])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+@contextmanager
+def running_on(isa: str) -> Iterator[None]:
     before = torch.ops.lowprec_cpu.isa()
-    torch.ops.lowprec_cpu.set_isa(request.param)
-    yield request.param
-    torch.ops.lowprec_cpu.set_isa(before)
+    torch.ops.lowprec_cpu.set_isa(isa)
+    try:
+        yield
+    finally:
+        torch.ops.lowprec_cpu.set_isa(before)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    with running_on(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("axis", [-1, 0])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_reference(name: str, axis: Axis, isa: str) -> None:
+def test_equals_reference(name: str, axis: Axis) -> None:
     spec = CASES[name]
     if kernels.supports(spec, axis, torch.bfloat16, KEY) is not None:
         pytest.skip(str(kernels.supports(spec, axis, torch.bfloat16, KEY)))
-    outputs = [torch.float32] + [torch.bfloat16] * spec.exact_in_bf16
     for dtype in (torch.bfloat16, torch.float32):
         for rows, cols in SHAPES:
             for x in matrices(rows, cols, dtype):
-                for output in outputs:
-                    ours = kernels.operand(x, spec, axis=axis, key=KEY, dtype=output)
-                    truth = reference.operand(x, spec, axis=axis, seed=KEY, dtype=output)
-                    for a, b in zip(ours, truth, strict=True):
-                        assert_same(a, b)
-                packed, true_packed = (
-                    kernels.quantize(x, spec, axis=axis, key=KEY),
-                    reference.quantize(x, spec, axis=axis, seed=KEY),
-                )
-                assert_same(packed.codes, true_packed.codes)
-                assert_same(packed.scales, true_packed.scales)
-                assert_same(packed.amax, true_packed.amax)
-                for output in outputs:
-                    for a, b in zip(kernels.unpack(packed, output), true_packed.operand(output), strict=True):
-                        assert_same(a, b)
+                compare(x, spec, axis)
+
+
+def compare(x: Tensor, spec: QuantSpec, axis: Axis) -> None:
+    outputs = [torch.float32] + [torch.bfloat16] * spec.exact_in_bf16
+    truths = [reference.operand(x, spec, axis=axis, seed=KEY, dtype=output) for output in outputs]
+    true_packed = reference.quantize(x, spec, axis=axis, seed=KEY)
+    true_unpacked = [true_packed.operand(output) for output in outputs]
+    for isa in ISAS:
+        with running_on(isa):
+            for output, truth in zip(outputs, truths, strict=True):
+                ours = kernels.operand(x, spec, axis=axis, key=KEY, dtype=output)
+                for a, b in zip(ours, truth, strict=True):
+                    assert_same(a, b)
+            packed = kernels.quantize(x, spec, axis=axis, key=KEY)
+            assert_same(packed.codes, true_packed.codes)
+            assert_same(packed.scales, true_packed.scales)
+            assert_same(packed.amax, true_packed.amax)
+            for output, truth in zip(outputs, true_unpacked, strict=True):
+                for a, b in zip(kernels.unpack(packed, output), truth, strict=True):
+                    assert_same(a, b)
 
 
 @pytest.mark.parametrize("axis", [-1, 0])
