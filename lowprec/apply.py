@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from errors import UsageError
 from lowprec.linear import LowPrecisionLinear, Place, Shared, place_problems
 from lowprec.philox import StepContext
-from lowprec.policy import GEMMS, Phase, Policy, PrecisionConfig, Slots, describe, table_to_dict
+from lowprec.policy import GEMMS, Policy, PrecisionConfig, Slots, describe, table_to_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +33,7 @@ class RunFacts:
     swap_all:        swap linears that are never quantized, too (to compare like with like)
     linears:         names of all linears of the whole model; None: those of the parts at hand
     places:          linear name -> which part of it this rank has (tensor parallelism)
+    layer:           what linears are swapped for (lowprec/backend.py)
     """
 
     seed: int
@@ -43,6 +44,7 @@ class RunFacts:
     swap_all: bool = False
     linears: Sequence[str] | None = None
     places: Mapping[str, Place] = field(default_factory=dict)
+    layer: type = LowPrecisionLinear
 
 
 class Precision:
@@ -60,14 +62,7 @@ class Precision:
         }
         # Rules are resolved against the whole model, whatever part of it is here.
         names = list(linears if facts.linears is None else facts.linears)
-        blocks = 1 + max((int(name.split(".")[1]) for name in names if name.startswith("layers.")), default=-1)
-        if config.bf16_first + config.bf16_last > blocks:
-            asked = f"precision.bf16_first {config.bf16_first} and bf16_last {config.bf16_last}"
-            raise UsageError(f"{asked} exceed the model's {blocks} blocks; keep fewer in BF16")
-        policy = policy.with_bf16_blocks(config.bf16_first, config.bf16_last)
-        self.tables = [(0, policy.resolve(names, blocks))]
-        for phase in config.schedule:
-            self._add_phase(policy, phase, facts)
+        self.tables = phases(names, policy, config, facts.steps, facts.tokens_per_step)
         self.shared = Shared(
             position=StepContext(seed=facts.seed),
             gemm_dtype=facts.gemm_dtype,
@@ -80,7 +75,7 @@ class Precision:
         swap_all = facts.swap_all or self.shared.wgrad_dtype == torch.float32
         wanted = {name for _, table in self.tables for name, slots in table.items() if slots.quantized or swap_all}
         self.layers = {
-            name: _swap(*linears[name], name, self._table[name], self.shared, facts.places.get(name))
+            name: _swap(*linears[name], facts.layer, name, self._table[name], self.shared, facts.places.get(name))
             for name in names
             if name in wanted and name in linears
         }
@@ -90,16 +85,6 @@ class Precision:
             problems += [line for _, table in self.tables for line in place_problems(name, table[name], place)]
         if problems := list(dict.fromkeys(problems)):
             raise UsageError("\n".join(["the precision policy does not fit the model:", *problems]))
-
-    def _add_phase(self, policy: Policy, phase: Phase, facts: RunFacts) -> None:
-        begin = phase.first_step(facts.steps, facts.tokens_per_step)
-        last, table = self.tables[-1]
-        if begin <= last or begin >= facts.steps:
-            raise UsageError(
-                f"a phase of precision.schedule begins at step {begin}; it must lie after the phase before it ({last}) "
-                f"and before train.steps ({facts.steps})"
-            )
-        self.tables.append((begin, policy.at(table, phase)))
 
     def begin_step(self, step: int) -> str | None:
         """Take the phase of `step` and quantize the weights for it; says so if other slots begin here."""
@@ -182,10 +167,32 @@ class Precision:
         }
 
 
+def phases(
+    names: Sequence[str], policy: Policy, config: PrecisionConfig, steps: int, tokens_per_step: int
+) -> list[tuple[int, dict[str, Slots]]]:
+    """The resolved table of all linears `names` of a model for each phase of a run, by the phase's first step."""
+    blocks = 1 + max((int(name.split(".")[1]) for name in names if name.startswith("layers.")), default=-1)
+    if config.bf16_first + config.bf16_last > blocks:
+        asked = f"precision.bf16_first {config.bf16_first} and bf16_last {config.bf16_last}"
+        raise UsageError(f"{asked} exceed the model's {blocks} blocks; keep fewer in BF16")
+    policy = policy.with_bf16_blocks(config.bf16_first, config.bf16_last)
+    tables = [(0, policy.resolve(names, blocks))]
+    for phase in config.schedule:
+        begin = phase.first_step(steps, tokens_per_step)
+        last, table = tables[-1]
+        if begin <= last or begin >= steps:
+            raise UsageError(
+                f"a phase of precision.schedule begins at step {begin}; it must lie after the phase before it ({last}) "
+                f"and before train.steps ({steps})"
+            )
+        tables.append((begin, policy.at(table, phase)))
+    return tables
+
+
 def _swap(
-    part: nn.Module, linear: nn.Linear, name: str, slots: Slots, shared: Shared, place: Place | None
+    part: nn.Module, linear: nn.Linear, kind: type, name: str, slots: Slots, shared: Shared, place: Place | None
 ) -> LowPrecisionLinear:
-    layer = LowPrecisionLinear(linear, name, slots, shared, place)
+    layer = kind(linear, name, slots, shared, place)
     parent, _, child = name.rpartition(".")
     setattr(part.get_submodule(parent), child, layer)
     return layer

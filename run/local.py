@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from errors import UsageError
-from lowprec.apply import Precision, RunFacts
+from lowprec.apply import Precision, RunFacts, phases
+from lowprec.backend import Backend, Situation, choose
 from lowprec.engine import Engine
 from lowprec.fragments import Fragment, Shard, matrix_shape
 from lowprec.linear import Place
@@ -38,12 +39,16 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Local:
-    """parts: the model, or this rank's stages of it; pipeline: None without pipeline parallelism."""
+    """parts: the model, or this rank's stages of it; pipeline: None without pipeline parallelism.
+
+    backend: what multiplies the quantized linears, and why; None if there are none
+    """
 
     parts: Sequence[Transformer]
     precision: Precision
     engine: Engine
     pipeline: Pipeline | None
+    backend: Backend | None
 
 
 def build_local(
@@ -60,13 +65,13 @@ def build_local(
     for part in parts:
         part.to_empty(device=device)
     _tie(parts)
-    precision = _precision(recipe, mesh, parts, held, gemm_dtype)
+    precision, backend = _precision(recipe, mesh, parts, held, gemm_dtype, device)
     tensor.connect(parts, held, tp, _payloads(recipe, precision))
     if should_compile(recipe, device):
         compile_parts(parts)
     nodes = node_groups(mesh, node_size or mesh.world_size) if recipe.gradients.two_level else None
     engine = build_engine(parts, replace(_zero_plan(recipe, mesh, parts, held), nodes=nodes))
-    return Local(parts, precision, engine, _pipeline(recipe, mesh, device, parts, precision, engine))
+    return Local(parts, precision, engine, _pipeline(recipe, mesh, device, parts, precision, engine), backend)
 
 
 def stage_layers(recipe: Recipe) -> tuple[int, ...]:
@@ -118,12 +123,17 @@ def _tie(parts: Sequence[Transformer]) -> None:
 
 
 def _precision(
-    recipe: Recipe, mesh: Mesh, parts: Sequence[Transformer], held: dict[str, Shard], gemm_dtype: torch.dtype
-) -> Precision:
-    train = recipe.train
+    recipe: Recipe,
+    mesh: Mesh,
+    parts: Sequence[Transformer],
+    held: dict[str, Shard],
+    gemm_dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Precision, Backend | None]:
+    train, policy = recipe.train, load_policy(recipe.precision.policy)
     with torch.device("meta"):
         whole = Transformer(recipe.model)
-    linears = [name for name, module in whole.named_modules() if isinstance(module, nn.Linear)]
+    linears = {name: module for name, module in whole.named_modules() if isinstance(module, nn.Linear)}
     facts = RunFacts(
         seed=train.seed,
         steps=train.steps,
@@ -131,13 +141,42 @@ def _precision(
         keep_weights=recipe.zero.stage < 3,
         gemm_dtype=gemm_dtype,
         swap_all=mesh.pp > 1 and recipe.parallel.schedule in SPLIT_BACKWARD,
-        linears=linears,
+        linears=list(linears),
         places={name: place for name in linears if (place := _place(held[f"{name}.weight"], mesh))},
     )
-    precision = Precision(parts, load_policy(recipe.precision.policy), recipe.precision, facts)
+    tables = phases(list(linears), policy, recipe.precision, facts.steps, facts.tokens_per_step)
+    shapes = {name: (module.out_features, module.in_features) for name, module in linears.items()}
+    for name, place in facts.places.items():
+        shapes[name] = (sum(count for _, count in place.outputs), place.inputs[1])
+    backend = choose(
+        Situation(
+            tables=[table for _, table in tables],
+            shapes=shapes,
+            tokens=train.micro_batch * train.seq_len,
+            device=device.type,
+            config=recipe.precision,
+            refused=_without_te(recipe),
+        )
+    )
+    if backend is not None:
+        facts = replace(facts, layer=backend.layer)
+    precision = Precision(parts, policy, recipe.precision, facts)
     for part in parts:
         part.recompute_context = precision.recompute_context
-    return precision
+    return precision, backend
+
+
+def _without_te(recipe: Recipe) -> list[str]:
+    """Settings that Transformer Engine's layers do not join in."""
+    found = []
+    if recipe.zero.stage == 3:
+        found.append("zero.stage is 3, which frees weights that its layers keep for the backward; use stage 0 to 2")
+    if recipe.parallel.pp > 1 and recipe.parallel.schedule in SPLIT_BACKWARD:
+        found.append(
+            f"parallel.schedule {recipe.parallel.schedule} computes weight gradients later, and its layers' own delay "
+            "is not connected to that; use 1f1b"
+        )
+    return found
 
 
 def _place(shard: Shard, mesh: Mesh) -> Place | None:

@@ -4,8 +4,9 @@
 
 1. Transformer Engine's switch NVTE_PROJECT_BUILDING skips the loading of its shared libraries;
 2. `tex` takes the place of the compiled module `transformer_engine_torch`;
-3. `EDITS` replaces a few strings in the sources as they are imported: a CUDA device, a question to the driver. Each must
-   be found exactly as often as it says. Another count means that upstream moved, and is an error that names the place.
+3. `EDITS` replaces a few strings in the sources as they are imported: a CUDA device, a question to the driver. Each
+   must be found exactly as often as it says. Another count means that upstream moved, and is an error that names the
+   place.
 
 What this tests: that our policies, quantizers and layers are what Transformer Engine's Python asks for, and that its
 layers then multiply the operands that we mean. What it does not test: NVIDIA's kernels, whose place `tex` takes.
@@ -32,12 +33,13 @@ PREFIX = "transformer_engine.pytorch."
 
 # module -> (what is replaced, by what, how often it is there)
 EDITS: Mapping[str, tuple[tuple[str, str, int], ...]] = {
-    "cpp_extensions.gemm": (
-        ("torch.cuda.get_device_properties(torch.cuda.current_device()).major >= 9", "False", 1),
-    ),
+    "cpp_extensions.gemm": (("torch.cuda.get_device_properties(torch.cuda.current_device()).major >= 9", "False", 1),),
     "distributed": (
-        ("output = torch.empty(dim_size, dtype=inp.dtype, device=torch.cuda.current_device())",
-         "output = torch.empty(dim_size, dtype=inp.dtype, device=inp.device)", 1),
+        (
+            "output = torch.empty(dim_size, dtype=inp.dtype, device=torch.cuda.current_device())",
+            "output = torch.empty(dim_size, dtype=inp.dtype, device=inp.device)",
+            1,
+        ),
     ),
     "module.base": (
         ("if not torch.cuda.is_available():", "if False:", 1),
@@ -57,6 +59,7 @@ EDITS: Mapping[str, tuple[tuple[str, str, int], ...]] = {
     "quantized_tensor": (
         ("torch.cuda.current_device() if device is None else device", '"cpu" if device is None else device', 1),
     ),
+    "tensor.nvfp4_tensor": (("torch.cuda.current_device()", '"cpu"', 2),),
     "utils": (
         ("return torch.Tensor().cuda()", "return torch.Tensor()", 1),
         ("return _get_device_compute_capability(torch.cuda.current_device())", f"return {CAPABILITY}", 1),
@@ -138,7 +141,9 @@ def install() -> types.ModuleType:
         return sys.modules["transformer_engine.pytorch"]
     version = importlib.metadata.version("transformer_engine")
     if not version.startswith(VERSIONS):
-        raise RuntimeError(f"te_cpu stands in for the compiled part of Transformer Engine {VERSIONS}*, not of {version}")
+        raise RuntimeError(
+            f"te_cpu stands in for the compiled part of Transformer Engine {VERSIONS}*, not of {version}"
+        )
     # With a framework of no name, the package's own attempt to import its layers stays silent.
     with _environment(NVTE_PROJECT_BUILDING="1", NVTE_FRAMEWORK="none"):
         common = importlib.import_module("transformer_engine.common")

@@ -88,8 +88,20 @@ def get_cudnn_version() -> int:
 
 
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:
-    """As the compiled one, which does not take quantizers written in Python."""
-    raise RuntimeError("Unexpected type for quantizer")
+    """For Transformer Engine's own quantizers; as the compiled one, this does not take any written in Python."""
+    from tests.te_cpu import native  # which imports what imports this
+
+    if noop is not None:
+        raise NotImplementedError("te_cpu has no conditional quantization")
+    found = native.quantize(tensor, quantizer)
+    if output is not None:
+        raise NotImplementedError("te_cpu has no quantization into a given tensor")
+    return found
+
+
+def bgrad_quantize(gradient: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
+    """The bias gradient and the quantized gradient."""
+    return gradient.reshape(-1, gradient.shape[-1]).float().sum(0).to(gradient.dtype), quantize(gradient, quantizer)
 
 
 def _through(values: Tensor, quantizer: Any) -> Any:
@@ -120,7 +132,10 @@ def generic_gemm(  # noqa: PLR0913
     alpha: float = 1.0,
     beta: float | None = None,
 ) -> tuple[Any, Tensor | None, Tensor | None, Tensor | None]:
-    """Row-major D = alpha op(B) op(A) + bias (+ D). A [N, K], B [T, K] for a forward; with grad, `bias` asks for B's sum."""
+    """Row-major D = alpha op(B) op(A) + bias (+ D), for A [N, K] and B [T, K] in a forward.
+
+    With grad, `bias` asks for the sum over B's rows.
+    """
     if comm_overlap is not None:
         raise NotImplementedError("te_cpu has no overlap of communication and GEMM")
     if gelu:
@@ -156,7 +171,14 @@ def _normalised(y: Tensor, shape: torch.Size, out: Tensor | None, quantizer: Any
 
 
 def layernorm_fwd(  # noqa: PLR0913
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, out: Tensor | None, quantizer: Any, dtype: DType, _: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    out: Tensor | None,
+    quantizer: Any,
+    dtype: DType,
+    _: int,
     zero_centered: bool,
 ) -> tuple[Any, Tensor, Tensor]:
     """(x - mean) / sqrt(var + eps) * weight + bias, the means, and the reciprocal deviations."""
