@@ -70,7 +70,7 @@ class Backend:
 
 
 def choose(situation: Situation) -> Backend | None:
-    """The backend of a run; None where nothing is quantized. Raises UsageError where `te` is asked for but cannot be."""
+    """The backend of a run; None where nothing is quantized. Raises UsageError where `te` is asked for in vain."""
     wanted = situation.config.backend
     if not situation.schemes():
         if wanted == "te":

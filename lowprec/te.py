@@ -49,7 +49,7 @@ SLOTS = {
     "weight": ("fprop.b", "dgrad.b"),
     "grad_output": ("dgrad.a", "wgrad.a"),
 }
-AVAILABLE: Mapping[str, Callable[..., tuple[bool, str]]] = {
+AVAILABLE: Mapping[str, Callable[..., Any]] = {
     "DelayedScaling": te.is_fp8_available,
     "Float8CurrentScaling": te.is_fp8_available,
     "Float8BlockScaling": te.is_fp8_block_scaling_available,
@@ -76,7 +76,7 @@ def native_recipe(found: Native) -> recipes.Recipe:
         options["fp8_format"] = recipes.Format[options["fp8_format"]]
     recipe = getattr(recipes, found.recipe)(**options)
     if "power_2_scale" in switches:  # class attributes, which an environment variable may have changed
-        parameters = recipes.QParams(power_2_scale=switches["power_2_scale"])
+        parameters = recipes.QParams(power_2_scale=bool(switches["power_2_scale"]))
         recipe.fp8_quant_fwd_inp = recipe.fp8_quant_fwd_weight = recipe.fp8_quant_bwd_grad = parameters
     return recipe
 
@@ -117,16 +117,15 @@ class QuantizeDequantize(te.IdentityQuantizer):
     Transformer Engine sets `with_amax_reduction` and `amax_reduction_group` where a matrix is one part of a sequence.
     """
 
-    def __init__(self, name: str, slot: str, spec: QuantSpec | None, shared: Shared, **usage: bool) -> None:
-        super().__init__(**usage)
+    def __init__(self, name: str, slot: str, spec: QuantSpec | None, shared: Shared) -> None:
+        super().__init__()
         self.name, self.slot, self.spec, self.shared = name, slot, spec, shared
         self.with_amax_reduction = False
         self.amax_reduction_group: dist.ProcessGroup | None = None
 
     def copy(self) -> QuantizeDequantize:
-        twin = QuantizeDequantize(
-            self.name, self.slot, self.spec, self.shared, rowwise=self.rowwise_usage, columnwise=self.columnwise_usage
-        )
+        twin = QuantizeDequantize(self.name, self.slot, self.spec, self.shared)
+        twin.set_usage(rowwise=self.rowwise_usage, columnwise=self.columnwise_usage)
         twin.internal, twin.optimize_for_gemm = self.internal, self.optimize_for_gemm
         twin.with_amax_reduction, twin.amax_reduction_group = self.with_amax_reduction, self.amax_reduction_group
         return twin
@@ -168,7 +167,7 @@ class TeLinear(te.Linear):
             linear.in_features, linear.out_features, bias=bias, params_dtype=dtype, device="meta", name=name
         )
         self.weight, self.bias = linear.weight, linear.bias
-        self.shared, self.place = shared, place
+        self.logical_name, self.shared, self.place = name, shared, place
         self.skip_bias = False  # whoever uses the output adds the bias
         self.delayed: dict[str, Any] = {}
         self.ran: set[str] = set()
@@ -178,7 +177,7 @@ class TeLinear(te.Linear):
         """Take other slots from now on: a new recipe object, without which nothing would change."""
         self.slots, self.specs = slots, specs_of(slots)
         found = native(slots)
-        self.recipe = native_recipe(found) if found else custom_recipe({self.name: slots}, self.shared)
+        self.recipe = native_recipe(found) if found else custom_recipe({self.logical_name: slots}, self.shared)
         self._fresh = True
 
     def prepare(self) -> None:
@@ -186,13 +185,14 @@ class TeLinear(te.Linear):
         self._fresh = True
 
     @torch.compiler.disable  # as our own linear: the rest of a block is compiled around it
-    def forward(self, inp: Tensor, *args: Any, **options: Any) -> Tensor:
+    def forward(self, inp: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features]."""
         keep = self.shared.keep_weights and torch.is_grad_enabled()
         first, self._fresh = (self._fresh if keep else None), self._fresh and not keep
         self.apply_bias = self.use_bias and not self.skip_bias
         with te.autocast(enabled=self.slots.quantized, recipe=self.recipe):
             y = super().forward(inp, is_first_microbatch=first)
+        assert isinstance(y, Tensor)
         self._note("fprop")
         if y.requires_grad:
             y.register_hook(partial(self._backward, inp.requires_grad))
