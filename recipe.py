@@ -68,13 +68,17 @@ class Recipe:
 
     def problems(self, world_size: int) -> list[str]:
         """Every violation, of one section or across sections, on `world_size` ranks; empty when it can run."""
-        found = [
+        across = (lambda: self._layout_problems(world_size), self._schedule_problems, self._storage_problems)
+        return self.section_problems() or [problem for find in across for problem in find()]
+
+    def section_problems(self) -> list[str]:
+        """The violations within single sections; whatever looks across sections needs none of these."""
+        return [
             f"{section.name}.{message}"
             for section in dataclasses.fields(self)
             if dataclasses.is_dataclass(value := getattr(self, section.name))
             for message in value.problems()  # pyright: ignore[reportAttributeAccessIssue]
         ]
-        return found or [*self._layout_problems(world_size), *self._schedule_problems(), *self._storage_problems()]
 
     def _layout_problems(self, world_size: int) -> list[str]:
         tp, pp = self.parallel.tp, self.parallel.pp
