@@ -140,6 +140,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options = parser.parse_args([word for word in argv if word not in overrides])
     if not options.dry_run and (options.world_size, options.rank) != (None, None):
         parser.error("--world-size and --rank are for --dry-run; torchrun says them to a run")
+    if options.dry_run and (options.list or options.resume != "auto" or options.allow_precision_change):
+        parser.error("--dry-run resumes nothing and lists nothing; drop --list, --resume and --allow-precision-change")
     return options, overrides
 
 

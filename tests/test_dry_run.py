@@ -96,8 +96,9 @@ def test_the_command_writes_nothing_and_needs_no_data(tmp_path):
     refused = train("mxfp8_8b", "--dry-run", "--world-size=3", f"run.dir={run}")
     assert refused.returncode == 2 and "does not divide 3 processes" in refused.stderr
     assert "Traceback" not in refused.stderr and not run.exists()
-    stray = train(tiny(tmp_path), "--rank=1")
-    assert stray.returncode == 2 and "are for --dry-run" in stray.stderr and not run.exists()
+    for stray, words in ((("--rank=1",), "are for --dry-run"), (("--dry-run", "--resume=never"), "resumes nothing")):
+        refused = train(tiny(tmp_path), *stray)
+        assert refused.returncode == 2 and words in refused.stderr and not run.exists()
 
 
 def _held(rank: int, overrides: tuple[str, ...]) -> tuple[int, int]:

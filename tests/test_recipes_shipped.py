@@ -164,6 +164,8 @@ def test_every_shrink_trains_resumes_and_runs_in_its_formats(tmp_path, name):
     recipe, corpus, run = resolved(f"{name}_tiny"), str(tmp_path / "corpus.txt"), tmp_path / "run"
     keys = [
         "train.steps=20",
+        "train.global_batch=8",
+        "train.seq_len=64",
         "train.compile=false",
         "model.vocab_size=320",
         "eval.interval=0",
