@@ -46,8 +46,8 @@ class DataConfig:
         phases: other blends from some step on, in order; `train` is the one before the first.
         validation: fraction of the documents of each source of `train`, in (0, 0.5]; or a source
             of its own, as `train`; or null.
-        tokenizer: `bpe` or `unigram`, trained on the sources of `train` with the model's vocabulary
-            size; or a
+        tokenizer: `bpe` or `unigram`, trained on the sources of `train` and `phases` with the model's
+            vocabulary size; or a
             SentencePiece `.model` or Hugging Face `tokenizer.json`; or null, if all sources are
             `.bin/.idx`.
         documents: what a document is in plain text: the `file`, blocks between `blank` lines, or
@@ -85,8 +85,6 @@ def _phase_problems(key: str, phase: DataPhase) -> list[str]:
     found = _source_problems(f"{key}.train", phase.train)
     if (phase.start is None) == (phase.tokens is None):
         found.append(f"{key} needs either start or tokens")
-    if isinstance(phase.train, tuple) and len(set(phase.train[1::2])) < len(phase.train[1::2]):
-        found.append(f"{key}.train names a source twice; add up its weights")
     return found
 
 

@@ -120,9 +120,14 @@ def open_data(config: DataConfig, *, vocab_size: int, seq_len: int, seed: int, s
 
 
 def _phased(blends: list[list[tuple[float, Path]]], starts: list[int], paths: list[Path]) -> PhasedBlend:
-    """The blends by the numbers that `paths` gives their sources (one named twice in a blend has two)."""
+    """The blends by the numbers that `paths` gives their sources (one named twice in the first blend has two)."""
     numbered = [{i: weight for i, (weight, _) in enumerate(blends[0])}]
-    numbered += [{paths.index(path): weight for weight, path in blend} for blend in blends[1:]]
+    for index, blend in enumerate(blends[1:]):
+        numbered.append({paths.index(path): weight for weight, path in blend})
+        if len(numbered[-1]) < len(blend):
+            raise UsageError(
+                f"data.phases[{index}].train names a source twice; name it once, with both weights together"
+            )
     return PhasedBlend(list(zip(starts, numbered, strict=True)))
 
 

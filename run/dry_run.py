@@ -24,7 +24,7 @@ from lowprec.apply import Precision
 from lowprec.linear import SLOT_AXES, specs_of
 from lowprec.policy import brief
 from lowprec.quantized import block_of
-from lowprec.zero import check_states, partition_size
+from lowprec.zero import ZeroPlan, check_states, partition_size
 from model.weights import parameter_shapes
 from parallel.mesh import Mesh, ParallelConfig, build_mesh
 from parallel.pipeline import rank_of, stage_range
@@ -40,9 +40,9 @@ def dry_run(recipe: Recipe, world_size: int | None = None, rank: int | None = No
 
     Raises UsageError with everything that a run would refuse, and at once what it would refuse one after the other.
     """
-    world_size, rank = world_size or recipe.parallel.ranks or 1, rank or 0
+    world_size, rank = recipe.parallel.ranks or 1 if world_size is None else world_size, rank or 0
     if not 0 <= rank < world_size:
-        raise UsageError(f"--rank {rank} is not among {world_size} ranks; it must be in 0 .. {world_size - 1}")
+        raise UsageError(f"--rank {rank} of --world-size {world_size}; it must be at least 0 and below the world size")
     problems = recipe.problems(world_size)
     if problems:  # this layout cannot be built; whether the policy fits the undivided model can still be said
         if not recipe.section_problems():
@@ -62,7 +62,7 @@ def dry_run(recipe: Recipe, world_size: int | None = None, rank: int | None = No
             _layout(recipe, mesh),
             _batches(recipe, mesh),
             _local_model(placed),
-            [f"ZeRO stage {plan.zero.stage}: {partition_size(placed.parts, plan, mesh.dp):,} elements of states here"],
+            _partition(plan, placed, mesh),
             [f"precision policy {recipe.precision.policy}", *precision.describe().splitlines()],
             _padding(recipe, precision),
         )
@@ -167,6 +167,14 @@ def _local_model(placed: Placed) -> Iterator[str]:
         note = f" of {list(shard.whole)}" if shard.split else ""
         note += "" if any(run.owned for run in shard.runs) else ", counted by another rank"
         yield f"  {brief(names)} {list(shape)}{note}"
+
+
+def _partition(plan: ZeroPlan, placed: Placed, mesh: Mesh) -> Iterator[str]:
+    what = "states and weights" if plan.zero.stage == 3 else "states"
+    size = partition_size(placed.parts, plan, mesh.dp)
+    yield f"ZeRO stage {plan.zero.stage}: {what} of {size:,} elements here (computed: DeepSpeed itself needs memory)"
+    if plan.gradients.two_level:
+        yield "gradients.two_level is not looked at: it depends on how the ranks lie on nodes"
 
 
 def _padding(recipe: Recipe, precision: Precision) -> Iterator[str]:

@@ -196,6 +196,15 @@ def test_data_of_the_users_own_must_be_named(four):
             open_data(config, vocab_size=100_000, seq_len=8, seed=0, starts=[9] * len(config.phases))
 
 
+def test_a_source_twice_in_a_phase_is_refused_however_it_is_spelled(four):
+    phase = DataPhase(start=0.5, train=(1.0, str(four / "a"), 2.0, str(four / "a.bin")))
+    config = DataConfig(
+        train=str(four / "b"), phases=(phase,), validation=None, tokenizer=None, cache=str(four / "cache")
+    )
+    with pytest.raises(UsageError, match=r"phases\[0\].train names a source twice"):
+        open_data(config, vocab_size=100_000, seq_len=8, seed=0, starts=[9])
+
+
 @settings(max_examples=40, deadline=None)
 @given(lengths=LENGTHS, seq_len=st.integers(1, 10))
 def test_positions_and_documents_restart(tmp_path_factory, lengths, seq_len):
@@ -341,7 +350,6 @@ def test_config_problems():
         {"workers": 0},
         {"phases": (DataPhase(train="a"),)},
         {"phases": (DataPhase(start=0.5, tokens=9, train="a"),)},
-        {"phases": (DataPhase(start=0.5, train=(1.0, "a", 2.0, "a")),)},
         {"phases": (DataPhase(start=0.5, train=(0.0, "a")),)},
     ):
         (problem,) = DataConfig(**bad).problems()
