@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from errors import UsageError
 from lowprec.linear import LowPrecisionLinear, Place, Shared, place_problems
 from lowprec.philox import StepContext
-from lowprec.policy import GEMMS, Phase, Policy, PrecisionConfig, Slots, describe, table_to_dict
+from lowprec.policy import GEMMS, Phase, Policy, PrecisionConfig, Slots, describe, table_to_dict, together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +85,11 @@ class Precision:
             if name in wanted and name in linears
         }
         self._here = list(linears)
-        problems = [line for name, layer in self.layers.items() for line in _shape_problems(name, layer)]
+        problems = [(name, problem) for name, layer in self.layers.items() for problem in _shape_problems(layer)]
         for name, place in facts.places.items():  # of other stages, too: all ranks say the same
-            problems += [line for _, table in self.tables for line in place_problems(name, table[name], place)]
-        if problems := list(dict.fromkeys(problems)):
-            raise UsageError("\n".join(["the precision policy does not fit the model:", *problems]))
+            problems += [(name, problem) for _, table in self.tables for problem in place_problems(table[name], place)]
+        if problems:
+            raise UsageError("\n".join(["the precision policy does not fit the model:", *together(problems)]))
 
     def _add_phase(self, policy: Policy, phase: Phase, facts: RunFacts) -> None:
         begin = phase.first_step(facts.steps, facts.tokens_per_step)
@@ -191,11 +191,11 @@ def _swap(
     return layer
 
 
-def _shape_problems(name: str, layer: LowPrecisionLinear) -> list[str]:
+def _shape_problems(layer: LowPrecisionLinear) -> list[str]:
     """A Hadamard rotation needs whole groups along the features that it turns."""
     sizes = {"fprop": layer.in_features, "dgrad": layer.out_features}
     return [
-        f"{name}: {gemm} rotates groups of {spec.hadamard} features, which do not divide {sizes[gemm]}"
+        f"{gemm} rotates groups of {spec.hadamard} features, which do not divide {sizes[gemm]}"
         for gemm in sizes
         for spec in (layer.specs[f"{gemm}.a"],)
         if spec is not None and spec.hadamard and sizes[gemm] % spec.hadamard

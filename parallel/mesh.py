@@ -42,6 +42,7 @@ class Sizes:
 class ParallelConfig:
     """How the model is laid out over ranks.
 
+    ranks:           processes that the recipe is laid out for; a dry run's default, while a run takes any that divides
     tp:              tensor-parallel degree
     pp:              pipeline-parallel degree
     cp, ep:          context and expert parallelism: reserved, not built
@@ -54,6 +55,7 @@ class ParallelConfig:
     timeout_s:       seconds after which a collective that some rank never joined is an error
     """
 
+    ranks: int | None = None
     tp: int = 1
     pp: int = 1
     cp: int = 1
@@ -80,6 +82,8 @@ class ParallelConfig:
             found.append("sp is true with parallel.tp 1; sequence parallelism needs a tensor-parallel group")
         if self.sp_payload != "exact" and not self.sp:
             found.append(f"sp_payload is {self.sp_payload} with parallel.sp false; set sp, or drop it")
+        if self.ranks is not None and self.ranks < 1:
+            found.append(f"ranks is {self.ranks}; it must be at least 1, or null")
         if self.timeout_s < 1:
             found.append(f"timeout_s is {self.timeout_s}; it must be at least 1 second")
         return found or self._stage_problems()

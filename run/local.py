@@ -46,6 +46,15 @@ class Local:
     pipeline: Pipeline | None
 
 
+@dataclass(frozen=True)
+class Placed:
+    """This rank's stages in their local shapes; what of each parameter of the model a rank of its tensor rank holds."""
+
+    parts: Sequence[Transformer]
+    held: dict[str, Shard]
+    tp: tensor.TensorParallel
+
+
 def build_local(
     recipe: Recipe, mesh: Mesh, device: torch.device, gemm_dtype: torch.dtype, node_size: int | None = None
 ) -> Local:
@@ -53,6 +62,18 @@ def build_local(
 
     node_size: processes a node; by default all are on one
     """
+    placed = place_parts(recipe, mesh, device, gemm_dtype)
+    precision = give_precision(recipe, mesh, placed, gemm_dtype)
+    parts = placed.parts
+    if should_compile(recipe, device):
+        compile_parts(parts)
+    nodes = node_groups(mesh, node_size or mesh.world_size) if recipe.gradients.two_level else None
+    engine = build_engine(parts, replace(zero_plan(recipe, mesh, placed), nodes=nodes))
+    return Local(parts, precision, engine, _pipeline(recipe, mesh, device, parts, precision, engine))
+
+
+def place_parts(recipe: Recipe, mesh: Mesh, device: torch.device, gemm_dtype: torch.dtype) -> Placed:
+    """The modules of this rank's stages, sharded, with uninitialised memory on `device` (none on meta)."""
     parts = _parts(recipe, mesh, gemm_dtype)
     tp = tensor.TensorParallel.of(mesh, recipe.parallel.sp)
     held = _shards(recipe, mesh, parts, tp)
@@ -60,13 +81,14 @@ def build_local(
     for part in parts:
         part.to_empty(device=device)
     _tie(parts)
-    precision = _precision(recipe, mesh, parts, held, gemm_dtype)
-    tensor.connect(parts, held, tp, _payloads(recipe, precision))
-    if should_compile(recipe, device):
-        compile_parts(parts)
-    nodes = node_groups(mesh, node_size or mesh.world_size) if recipe.gradients.two_level else None
-    engine = build_engine(parts, replace(_zero_plan(recipe, mesh, parts, held), nodes=nodes))
-    return Local(parts, precision, engine, _pipeline(recipe, mesh, device, parts, precision, engine))
+    return Placed(parts, held, tp)
+
+
+def give_precision(recipe: Recipe, mesh: Mesh, placed: Placed, gemm_dtype: torch.dtype) -> Precision:
+    """Put the recipe's policy to work on the placed modules, then the communication around them. Raises UsageError."""
+    precision = _precision(recipe, mesh, placed.parts, placed.held, gemm_dtype)
+    tensor.connect(placed.parts, placed.held, placed.tp, _payloads(recipe, precision))
+    return precision
 
 
 def stage_layers(recipe: Recipe) -> tuple[int, ...]:
@@ -173,8 +195,9 @@ def _payloads(recipe: Recipe, precision: Precision) -> dict[str, Payload]:
     return dict.fromkeys(found, payload)
 
 
-def _zero_plan(recipe: Recipe, mesh: Mesh, parts: Sequence[Transformer], held: dict[str, Shard]) -> ZeroPlan:
-    train, layout = recipe.train, None
+def zero_plan(recipe: Recipe, mesh: Mesh, placed: Placed) -> ZeroPlan:
+    """What the engine is told of the placed modules."""
+    train, parts, layout = recipe.train, placed.parts, None
     if mesh.sharded:
         tied = mesh.pp > 1 and recipe.model.tied_embeddings and any(hasattr(part, "embedding") for part in parts)
         both = recipe.parallel.stages - 1 in stages_of(0, recipe.parallel)
@@ -191,7 +214,7 @@ def _zero_plan(recipe: Recipe, mesh: Mesh, parts: Sequence[Transformer], held: d
         gradients=recipe.gradients,
         micro_batch=train.micro_batch,
         accumulation=train.global_batch // (train.micro_batch * mesh.dp),
-        shards=held,
+        shards=placed.held,
         layout=layout,
         seed=train.seed,
     )

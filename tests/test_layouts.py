@@ -127,7 +127,7 @@ def _fails(rank: int, overrides: tuple[str, ...]) -> str:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (tp(4, *LOW), ["layers.0.attention.qkv.weight", "exceeds the key/value heads", "gradients.payload fp8_lm"]),
+        (tp(4, *LOW), ["layers.{0-7}.attention.qkv.weight", "exceeds the key/value heads", "gradients.payload fp8_lm"]),
         (tp(4, zero(3)), ["exceeds the key/value heads", "zero.stage 3"]),
         (tp(4, "model.dtype=bf16", "optimizer.exp_avg=bf16", "model.hidden_size=64"), ["so few that", "mlp.gate_up"]),
         (tp(4, "optimizer.exp_avg_sq=linear4_rank1", "model.hidden_size=256"), ["whole rows and columns"]),
