@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from run.dry_run import dry_run
 from tests.launch import ROOT, steps, tiny, train
 
 TWINS = {
+    "nvfp4_12b": "bf16_12b",
+    "nvfp4_8b": "bf16_8b_hybrid",
     "nvfp4_1.2b": "bf16_1.2b",
     "mxfp8_8b": "bf16_8b",
     "mxfp8_843m": "bf16_843m",
@@ -22,7 +25,7 @@ TWINS = {
     "fp8lm_175b": "bf16_175b",
     "mxfp4_1.3b": "bf16_1.3b",
 }
-BIG = [name for pair in TWINS.items() for name in pair]
+BIG = [name for pair in TWINS.items() for name in pair] + ["fp8_12b"]
 
 
 def gpt(vocabulary: int, hidden: int, layers: int) -> int:
@@ -35,7 +38,20 @@ def relu2(vocabulary: int, hidden: int, layers: int, q: int, kv: int, ffn: int) 
     return 2 * vocabulary * hidden + layers * (hidden * (2 * q + 2 * kv + 2 * ffn) + 2 * hidden) + hidden
 
 
+def hybrid(hidden: int, mamba: int, ffn: tuple[int, int], attention: tuple[int, int, int]) -> int:
+    """Untied over 131072 words; `mamba` blocks of inner width 2 x hidden, heads of 64, 8 groups with a state of 128 and a
+    convolution over 4; (blocks, width) of FFNs; (blocks, width of all query heads, of all key heads).
+    """
+    inner, heads, both = 2 * hidden, 2 * hidden // 64, 2 * 8 * 128
+    mixer = hidden * (2 * inner + both + heads) + 5 * (inner + both) + 3 * heads + inner + inner * hidden
+    (ffns, width), (attentions, q, kv) = ffn, attention
+    blocks = mamba * mixer + ffns * 2 * hidden * width + attentions * hidden * (2 * q + 2 * kv)
+    return 2 * 131072 * hidden + blocks + (mamba + ffns + attentions + 1) * hidden
+
+
 COUNTS = {
+    "nvfp4_12b": hybrid(5120, 28, (28, 20480), (6, 5120, 1024)),
+    "nvfp4_8b": hybrid(4096, 24, (24, 21504), (4, 4096, 512)),
     "nvfp4_1.2b": 1_291_929_600,  # arXiv 2609.02846
     "mxfp8_8b": relu2(131072, 4096, 32, 4096, 1024, 21504),
     "mxfp8_843m": relu2(256000, 1024, 24, 1024, 1024, 4096),
@@ -44,11 +60,12 @@ COUNTS = {
     "fp8lm_175b": gpt(50304, 12288, 96),
     "mxfp4_1.3b": gpt(50304, 2048, 24),
 }
-# What its paper calls it. The 1.2B model is given by its exact count; FP8-LM's 7B is GPT-3's 6.7B (see the recipe).
-NOMINAL = {"mxfp8_8b": 8e9, "mxfp8_843m": 843e6, "fp8lm_7b": 6.7e9, "fp8lm_13b": 13e9, "fp8lm_175b": 175e9} | {
+# What its paper calls it. The 1.2B model is given by its exact count; FP8-LM's 7B is GPT-3's 6.7B (see the recipe), and
+# the 12B hybrid has the shape of a released model of 12.3 B.
+NOMINAL = {"nvfp4_12b": 12.3e9, "nvfp4_8b": 8e9, "mxfp8_8b": 8e9, "mxfp8_843m": 843e6, "fp8lm_7b": 6.7e9, "fp8lm_13b": 13e9, "fp8lm_175b": 175e9} | {
     "mxfp4_1.3b": 1.3e9
 }
-TOKENS = {"nvfp4_1.2b": 1e12, "mxfp8_8b": 15e12, "mxfp8_843m": 1e12, "fp8lm_7b": 1e11, "fp8lm_13b": 1e11} | {
+TOKENS = {"nvfp4_12b": 1e13, "nvfp4_8b": 1e12, "nvfp4_1.2b": 1e12, "mxfp8_8b": 15e12, "mxfp8_843m": 1e12, "fp8lm_7b": 1e11, "fp8lm_13b": 1e11} | {
     "fp8lm_175b": 4e10,
     "mxfp4_1.3b": 20_000 * 1024 * 2048,
 }
@@ -116,7 +133,7 @@ def _differences(a: dict, b: dict, prefix: str = ""):
 @pytest.mark.parametrize("name", TWINS)
 def test_a_twin_differs_in_precision_alone(name, end):
     low, high = (resolved(each + end) for each in (name, TWINS[name]))
-    allowed = {"precision.policy", "precision.bf16_last", "gradients.payload", "gradients.accumulate", "zero.gather"}
+    allowed = {"precision.policy", "precision.bf16_first", "precision.bf16_last", "gradients.payload", "gradients.accumulate", "zero.gather"}
     allowed |= {"optimizer.exp_avg", "optimizer.exp_avg_sq", "optimizer.master", "name", "description", "run.dir"}
     assert set(_differences(recipes.to_dict(low), recipes.to_dict(high))) <= allowed
     default = recipes.from_dict({"name": "x", "model": recipes.to_dict(low)["model"], "train": MINIMAL}, "x")
@@ -137,13 +154,21 @@ def test_a_shrink_is_small_and_keeps_structure_policy_and_kinds_of_layout(name):
     assert small.parallel.sp == big.parallel.sp and small.parallel.schedule == big.parallel.schedule
     assert small.precision.policy == big.precision.policy and small.zero == big.zero
     assert small.gradients == big.gradients and small.optimizer.storage == big.optimizer.storage
-    share = [each.precision.bf16_last / each.model.num_layers for each in (big, small)]
-    assert share[0] == share[1] and len(small.data.phases) == len(big.data.phases)
+    for end in ("bf16_first", "bf16_last"):
+        share = [getattr(each.precision, end) / each.model.num_layers for each in (big, small)]
+        assert share[0] == share[1], end
+    assert (small.model.pattern is None) == (big.model.pattern is None)
+    if big.model.pattern is not None:
+        share = [Counter(each.model.pattern)[kind] / each.model.num_layers for kind in "M*-" for each in (big, small)]
+        assert share[::2] == share[1::2]
+    assert len(small.data.phases) == len(big.data.phases)
     assert small.data.train and not small.problems(small.parallel.ranks)
 
 
 # (GEMM, elements of its operands) that a receipt must show
 RUNS = {
+    "nvfp4_12b": [("fprop", "e2m1", "e2m1"), ("dgrad", "e2m1", "e2m1"), ("wgrad", "e2m1", "e2m1")],
+    "nvfp4_8b": [("fprop", "e2m1", "e2m1"), ("dgrad", "e2m1", "e2m1"), ("wgrad", "e2m1", "e2m1")],
     "nvfp4_1.2b": [("fprop", "e2m1", "e2m1"), ("dgrad", "e2m1", "e2m1"), ("wgrad", "e2m1", "e2m1")],
     "mxfp8_8b": [("fprop", "e4m3", "e4m3"), ("dgrad", "e4m3", "e4m3"), ("wgrad", "e4m3", "e4m3")],
     "mxfp8_843m": [("fprop", "e4m3", "e4m3"), ("dgrad", "e4m3", "e4m3"), ("wgrad", "e4m3", "e4m3")],
