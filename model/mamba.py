@@ -42,7 +42,7 @@ class MambaConfig:
     head_dim: channels of a head.
     expand: inner width, in hidden sizes.
     conv: tokens that the causal convolution sees.
-    chunk: most tokens that the scan treats as one matrix; it changes speed, not results.
+    chunk: most tokens that the scan treats as one matrix; it changes speed, and results in the last digits.
     """
 
     state: int = 128
@@ -100,6 +100,15 @@ def run_numbers(document_ids: Tensor) -> Tensor:
     return F.pad((document_ids.diff(dim=1) != 0).cumsum(1), (1, 0))
 
 
+def segment_sums(logs: Tensor) -> Tensor:
+    """[..., T] -> [..., T, T]: at (t, s) the sum over s < k <= t, zero for s >= t.
+
+    Not as differences of prefix sums: those cancel, and their gradients even more.
+    """
+    later = logs.new_ones(logs.shape[-1], logs.shape[-1], dtype=torch.bool).tril(-1)
+    return torch.where(later, logs[..., :, None], 0.0).cumsum(-2)
+
+
 def scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk: int, runs: Tensor | None = None) -> Tensor:
     """y_t = h_t c_t with h_t = exp(dt_t a) h_(t-1) + dt_t x_t b_t^T, for every head of every group; all FP32.
 
@@ -115,36 +124,38 @@ def scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk: int, run
         padding = (0, 0) * (tensor.ndim - 2) + (0, count * size - length)
         return F.pad(tensor, padding).unflatten(1, (count, size))
 
-    decay = cut(dt * a).permute(0, 1, 3, 4, 2).cumsum(-1)  # [B, C, G, R, Q], log: from the chunk's start up to a token
+    logs = cut(dt * a).permute(0, 1, 3, 4, 2)  # [B, C, G, R, Q]: of each token's decay
     x = cut(x * dt[..., None]).permute(0, 1, 3, 4, 5, 2)  # [B, C, G, R, P, Q]
     b, c = cut(b).transpose(2, 3), cut(c).transpose(2, 3)  # [B, C, G, Q, N]
     seen = x.new_ones(size, size, dtype=torch.bool).tril()
     if runs is not None:
         runs = cut(runs)
         seen = (seen & (runs[..., :, None] == runs[..., None, :]))[:, :, None, None]
-    within = (decay[..., :, None] - decay[..., None, :]).masked_fill(~seen, -math.inf).exp()
-    y = x @ ((c @ b.mT)[:, :, :, None] * within).mT
+    sums = segment_sums(logs)
+    y = x @ ((c @ b.mT)[:, :, :, None] * sums.masked_fill(~seen, -math.inf).exp()).mT
     if count > 1:
-        y = y + _from_earlier_chunks(x, decay, b, c, runs)
+        y = y + _from_earlier_chunks(x * sums[..., None, -1, :].exp(), logs.cumsum(-1), b, c, runs)
     return y.permute(0, 1, 5, 2, 3, 4).flatten(1, 2)[:, :length]
 
 
-def _from_earlier_chunks(x: Tensor, decay: Tensor, b: Tensor, c: Tensor, runs: Tensor | None) -> Tensor:
-    """What the states at the chunks' beginnings give to y [B, C, G, R, P, Q]; arguments as `scan` has cut them."""
-    heads = x.shape[3:5]
-    end = decay[..., -1:]
-    to_end, from_start = (end - decay).exp(), decay.exp()
-    total = end.squeeze(-1).permute(0, 2, 3, 1).cumsum(-1)  # [B, G, R, C], log: from the first chunk to a chunk's end
-    earlier = x.new_ones(total.shape[-1], total.shape[-1], dtype=torch.bool).tril(-1)
+def _from_earlier_chunks(x: Tensor, logs: Tensor, b: Tensor, c: Tensor, runs: Tensor | None) -> Tensor:
+    """What the states at the chunks' beginnings give to y [B, C, G, R, P, Q].
+
+    x: decayed up to the chunk's end; logs [B, C, G, R, Q]: of the decay from the chunk's start; others as `scan` cuts.
+    """
+    heads, count = x.shape[3:5], x.shape[1]
+    from_start = logs.exp()
+    earlier = x.new_ones(count, count, dtype=torch.bool).tril(-1)
     if runs is not None:
         last = runs[..., -1:]
         before = F.pad(last[:, :-1], (0, 0, 1, 0), value=-1)  # [B, C, 1]: the run that ends, or goes on, at the start
-        to_end = to_end * (runs == last)[:, :, None, None]
+        x = x * (runs == last)[:, :, None, None, None]
         from_start = from_start * (runs == before)[:, :, None, None]
         earlier = (earlier & (before == last.mT))[:, None, None]
-    between = F.pad(total, (1, -1))[..., :, None] - total[..., None, :]  # from the end of chunk j to the start of i
+    between = segment_sums(logs[..., -1].permute(0, 2, 3, 1))  # [B, G, R, C, C]
+    between = F.pad(between, (0, 0, 1, -1))  # at (i, j): from the end of chunk j to the start of i
     between = between.masked_fill(~earlier, -math.inf).exp()
-    states = (x * to_end[..., None, :]).flatten(3, 4) @ b  # [B, C, G, R P, N]: what each chunk adds
+    states = x.flatten(3, 4) @ b  # [B, C, G, R P, N]: what each chunk adds
     states = states.unflatten(3, heads).permute(0, 2, 3, 1, 4, 5)
     states = (between @ states.flatten(4)).unflatten(4, states.shape[4:]).permute(0, 3, 1, 2, 4, 5)
     return (states.flatten(3, 4) @ c.mT).unflatten(3, heads) * from_start[..., None, :]

@@ -216,7 +216,6 @@ NVFP4 = (
     "model.mamba.head_dim=8",
     "precision.policy=nvfp4",
     "precision.bf16_last=2",
-    "train.compile=true",
     "optimizer.weight_decay=0.1",
 )
 
