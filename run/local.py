@@ -96,9 +96,8 @@ def stage_layers(recipe: Recipe) -> tuple[int, ...]:
     config, model = recipe.parallel, recipe.model
     if config.stage_layers is not None:
         return config.stage_layers
-    block = model.hidden_size * (model.qkv_size + model.q_size + model.up_size + model.ffn_size)
-    block += model.q_size * recipe.train.seq_len
-    return balance(model.num_layers, config.stages, (0.0, model.hidden_size * model.vocab_size / block))
+    costs = model.block_flops(recipe.train.seq_len)
+    return balance(costs, config.stages, (0, model.flops_per_token(recipe.train.seq_len) - sum(costs)))
 
 
 def _parts(recipe: Recipe, mesh: Mesh, gemm_dtype: torch.dtype) -> list[Transformer]:
@@ -279,11 +278,13 @@ def should_compile(recipe: Recipe, device: torch.device) -> bool:
 
 
 def compile_parts(parts: Sequence[Transformer]) -> None:
-    """Compile one code for all blocks, and the loss. Names and parameters stay as they are."""
-    blocks = [block for part in parts for block in part.layers.values()]
-    block_forward = torch.compile(type(blocks[0]).forward, dynamic=False)
-    for block in blocks:
-        block.forward = functools.partial(block_forward, block)
+    """Compile one code for all blocks of a kind, and the loss. Names and parameters stay as they are."""
+    forwards: dict[str, Callable[..., Tensor]] = {}
+    for block in (block for part in parts for block in part.layers.values()):
+        kind = block.sublayers
+        if kind not in forwards:  # isolated: kinds share neither guards nor the limit of recompilations
+            forwards[kind] = torch.compile(type(block).forward, dynamic=False, isolate_recompiles=True)
+        block.forward = functools.partial(forwards[kind], block)
     for part in parts:
         if part.last:
             part.cross_entropy.compile(dynamic=False)

@@ -172,6 +172,7 @@ def test_any_override_is_accepted_or_refused_with_a_message(key, value):
     ("ranks", "overrides", "words"),
     [
         (2, "parallel.tp=2 model.ffn_size=63", ["model.ffn_size 63", "parallel.tp 2"]),
+        (2, "parallel.tp=2 model.pattern=M model.mamba.groups=1", ["model.mamba.groups 1", "parallel.tp 2"]),
         (2, "parallel.tp=2 model.vocab_size=65", ["model.vocab_size 65", "parallel.tp 2"]),
         (2, "parallel.tp=2 parallel.sp=true train.seq_len=15", ["train.seq_len 15", "parallel.tp 2"]),
         (4, "parallel.tp=4 model.num_heads=12 model.num_kv_heads=3 model.head_dim=4", ["num_kv_heads 3", "tp 4"]),
