@@ -4,7 +4,7 @@
     optimizer: {lr: 3e-3}          # a key that no section knows is an error with the nearest valid one
 
 Precedence: base < recipe < `a.b=c` on the command line. Each section's dataclass lives beside the code that it
-configures and says itself what is invalid (`problems()`); the sections that configure the run as a whole are here.
+configures and says itself what is invalid (`problems()`); those of the run as a whole are in sections.py.
 The resolved tree is written to the run directory as resolved.yaml; `--recipe RUN/resolved.yaml` is the same run.
 """
 
@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -31,111 +32,11 @@ from model.config import ModelConfig
 from parallel.mesh import ParallelConfig, Sizes
 from parallel.saver import CheckpointConfig, ResumeConfig
 from report.metrics import MetricsConfig
+from sections import EvalConfig, RunConfig, ScheduleConfig, TrainConfig, in_steps
 from strict_yaml import load_yaml, merge, override
 
 RECIPES = Path(__file__).parent / "recipes"
 POLICIES = RECIPES / "precision"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """dir: the run's directory (`{name}` is the recipe's name); metrics, log and checkpoints are written there."""
-
-    dir: str = "runs/{name}"
-
-    def problems(self) -> list[str]:
-        return [] if self.dir else ["dir is empty; name a directory"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Length, batch and seed of the run.
-
-    steps:        optimizer steps of the whole run
-    stop_at:      stop after this step as if preempted: save, then exit with 75
-    global_batch: sequences a step, over all ranks and micro-batches
-    micro_batch:  sequences a forward on one rank
-    seq_len:      tokens a sequence
-    seed:         of the initial weights and of the data order
-    z_loss:       weight of the mean squared log-partition function (PaLM, arXiv 2204.02311, uses 1e-4; 0: off)
-    compile:      torch.compile the blocks and the loss; auto: where a C++ compiler is found and ZeRO leaves the
-                  weights whole (stages 0-2)
-    """
-
-    steps: int
-    stop_at: int | None = None
-    global_batch: int
-    micro_batch: int
-    seq_len: int
-    seed: int = 0
-    z_loss: float = 0.0
-    compile: bool | Literal["auto"] = "auto"
-
-    def problems(self) -> list[str]:
-        sizes = ("steps", "global_batch", "micro_batch", "seq_len")
-        found = [f"{key} is {getattr(self, key)}; it must be at least 1" for key in sizes if getattr(self, key) < 1]
-        if self.stop_at is not None and not 1 <= self.stop_at <= self.steps:
-            found.append(f"stop_at is {self.stop_at}; it must be between 1 and train.steps ({self.steps})")
-        if self.z_loss < 0:
-            found.append(f"z_loss is {self.z_loss}; it must not be negative")
-        if not found and self.global_batch % self.micro_batch:
-            found.append(f"global_batch {self.global_batch} is not divisible by train.micro_batch {self.micro_batch}")
-        return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """Learning rate over the run, as a factor of optimizer.lr.
-
-    kind:   constant, linear or cosine (from the end of the warm-up to the last step), or wsd: warm-up, stable,
-            linear decay over the last part
-    warmup: length of the linear warm-up: steps, or a fraction of train.steps if below 1
-    decay:  wsd only: length of the decay, likewise
-    final:  factor at the last step
-    """
-
-    kind: Literal["constant", "linear", "cosine", "wsd"] = "wsd"
-    warmup: float = 0.02
-    decay: float = 0.2
-    final: float = 0.1
-
-    def problems(self) -> list[str]:
-        found = [
-            f"{key} is {getattr(self, key)}; it must not be negative"
-            for key in ("warmup", "decay")
-            if getattr(self, key) < 0
-        ]
-        if not 0 <= self.final <= 1:
-            found.append(f"final is {self.final}; it must be in [0, 1]")
-        return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig:
-    """Validation during the run.
-
-    interval: steps between validations; the last step is validated too (0: never)
-    samples:  validation sequences each time (the first ones, in order; null: all)
-    bigram:   at the end, print the cross-entropy of an interpolated bigram model on the same tokens
-    """
-
-    interval: int = 0
-    samples: int | None = None
-    bigram: bool = False
-
-    def problems(self) -> list[str]:
-        found = []
-        if self.interval < 0:
-            found.append(f"interval is {self.interval}; use a number of steps, or 0 for never")
-        if self.samples is not None and self.samples < 1:
-            found.append(f"samples is {self.samples}; it must be at least 1, or null for all")
-        if self.bigram and (not self.interval or self.samples):
-            found.append("bigram is true; it needs eval.interval above 0 and eval.samples null, all validation tokens")
-        return found
-
-    def due(self, step: int, last_step: int) -> bool:
-        """Whether to validate after `step` of a run that ends with `last_step`."""
-        return self.interval > 0 and (step % self.interval == 0 or step == last_step)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,13 +68,17 @@ class Recipe:
 
     def problems(self, world_size: int) -> list[str]:
         """Every violation, of one section or across sections, on `world_size` ranks; empty when it can run."""
-        found = [
+        across = (lambda: self._layout_problems(world_size), self._schedule_problems, self._storage_problems)
+        return self.section_problems() or [problem for find in across for problem in find()]
+
+    def section_problems(self) -> list[str]:
+        """The violations within single sections; whatever looks across sections needs none of these."""
+        return [
             f"{section.name}.{message}"
             for section in dataclasses.fields(self)
             if dataclasses.is_dataclass(value := getattr(self, section.name))
             for message in value.problems()  # pyright: ignore[reportAttributeAccessIssue]
         ]
-        return found or [*self._layout_problems(world_size), *self._schedule_problems(), *self._storage_problems()]
 
     def _layout_problems(self, world_size: int) -> list[str]:
         tp, pp = self.parallel.tp, self.parallel.pp
@@ -195,6 +100,7 @@ class Recipe:
                     num_heads=self.model.num_heads,
                     num_kv_heads=self.model.kv_heads,
                     ffn_size=self.model.ffn_size,
+                    mamba_groups=self.model.mamba.groups if "M" in "".join(self.model.blocks) else None,
                     vocab_size=self.model.vocab_size,
                     num_layers=self.model.num_layers,
                     seq_len=train.seq_len,
@@ -240,14 +146,23 @@ class Recipe:
         steps, schedule = self.train.steps, self.schedule
         warmup = in_steps(schedule.warmup, steps)
         decay = in_steps(schedule.decay, steps) if schedule.kind == "wsd" else 0
+        found = []
         if warmup + decay > steps:
-            return [f"schedule.warmup ({warmup} steps) and schedule.decay ({decay}) exceed train.steps ({steps})"]
-        return []
+            found.append(f"schedule.warmup ({warmup} steps) and schedule.decay ({decay}) exceed train.steps ({steps})")
+        begins = self.data_phases()
+        borders = [0, *begins, steps * self.train.global_batch]
+        if begins and any(high <= low for low, high in zip(borders, borders[1:], strict=False)):
+            found.append(
+                f"data.phases begin at steps {[begin // self.train.global_batch for begin in begins]}; each must lie "
+                f"after the one before it, the first after 0 and the last before train.steps ({steps})"
+            )
+        return found
 
-
-def in_steps(length: float, steps: int) -> int:
-    """A length of a schedule in steps: itself, or a fraction of the run if below 1."""
-    return round(length * steps) if length < 1 else round(length)
+    def data_phases(self) -> list[int]:
+        """The sample with which each of data.phases begins: always the first one of a step."""
+        train = self.train
+        tokens_per_step = train.global_batch * train.seq_len
+        return [phase.first_step(train.steps, tokens_per_step) * train.global_batch for phase in self.data.phases]
 
 
 def find(name: str) -> Path:
@@ -290,15 +205,25 @@ def load(name: str, overrides: tuple[str, ...] = (), world_size: int = 1) -> Rec
 
     Raises UsageError listing everything that is wrong.
     """
+    recipe = resolve(name, overrides)
+    refuse(recipe, recipe.problems(world_size))
+    return recipe
+
+
+def refuse(recipe: Recipe, problems: Sequence[str]) -> None:
+    """Raise UsageError listing what is wrong, if anything is."""
+    if problems:
+        raise UsageError(f"recipe {recipe.name}:\n" + "\n".join(f"  {problem}" for problem in problems))
+
+
+def resolve(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """The recipe `name` with overrides: every key known and of its type, values not yet checked. Raises UsageError."""
     path = find(name)
     tree = {"name": path.stem} | read(path)
     for assignment in overrides:
         tree = override(tree, assignment)
     recipe = from_dict(tree, str(path))
-    recipe = dataclasses.replace(recipe, run=RunConfig(dir=recipe.run.dir.replace("{name}", recipe.name)))
-    if problems := recipe.problems(world_size):
-        raise UsageError(f"recipe {recipe.name}:\n" + "\n".join(f"  {problem}" for problem in problems))
-    return recipe
+    return dataclasses.replace(recipe, run=RunConfig(dir=recipe.run.dir.replace("{name}", recipe.name)))
 
 
 def policy_file(name: str) -> Path:

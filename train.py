@@ -3,6 +3,7 @@
     python train.py --recipe quickstart                       one process
     torchrun --nproc-per-node 2 train.py --recipe quickstart  data-parallel
     python train.py --recipe quickstart train.steps=50 run.dir=runs/try
+    python train.py --recipe fp8lm_175b --dry-run             what one rank of its cluster would hold; no GPU, no data
 
 Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 75 preempted and saved (start the same command again),
 130 interrupted. Under torchrun, which would take 75 for a failure and restart, a preempted worker ends with 0 and
@@ -25,6 +26,7 @@ import recipe as recipes
 from errors import UserError
 from report.metrics import StepRecord
 from run.build import build
+from run.dry_run import dry_run
 from run.environment import Launch
 from run.signals import INTERRUPTED, REQUEUE
 from run.state import Run
@@ -71,6 +73,9 @@ def main(argv: list[str]) -> int:
         options, overrides = parse(argv)
         if options.list:
             return print_recipes()
+        if options.dry_run:
+            print(dry_run(recipes.resolve(options.recipe, tuple(overrides)), options.world_size, options.rank))
+            return 0
         recipe = recipes.load(options.recipe, tuple(overrides), launch.world_size)
         run_dir = Path(recipe.run.dir)
         run = build(
@@ -127,9 +132,17 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         action="store_true",
         help="resume under another precision policy than the checkpoint's",
     )
-    own = {"--recipe", "--resume"}
+    parser.add_argument("--dry-run", action="store_true", help="show what a rank would hold, and every violation")
+    parser.add_argument("--world-size", type=int, metavar="N", help="of a dry run; by default parallel.ranks")
+    parser.add_argument("--rank", type=int, metavar="R", help="of a dry run; by default 0")
+    own = {"--recipe", "--resume", "--rank"}
     overrides = [word for word in argv if re.match(r"(--)?[a-z_]\w*(\.\w+)*=", word) and word.split("=")[0] not in own]
-    return parser.parse_args([word for word in argv if word not in overrides]), overrides
+    options = parser.parse_args([word for word in argv if word not in overrides])
+    if not options.dry_run and (options.world_size, options.rank) != (None, None):
+        parser.error("--world-size and --rank are for --dry-run; torchrun says them to a run")
+    if options.dry_run and (options.list or options.resume != "auto" or options.allow_precision_change):
+        parser.error("--dry-run resumes nothing and lists nothing; drop --list, --resume and --allow-precision-change")
+    return options, overrides
 
 
 def print_recipes() -> int:

@@ -57,7 +57,12 @@ def _chosen(value: Any) -> Any:
     """The fields of a section that are not at their defaults; anything else as it is."""
     if not dataclasses.is_dataclass(value):
         return value
-    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if getattr(value, f.name) != f.default}
+    fields = {f.name: (getattr(value, f.name), f) for f in dataclasses.fields(value)}
+    return {name: chosen for name, (chosen, f) in fields.items() if chosen != _default(f)}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def train(name: str, overrides: tuple[str, ...], folder: Path) -> list[dict]:

@@ -2,9 +2,9 @@
 
     python -m bench.memory [--recipe bf16_10m] [--json FILE|-] [section.key=value ...]
 
-Counted are the tensors that autograd saves in one eager forward of one block, each storage once, parameters left out.
-`_linears` are the copies that the block's linears keep for their weight gradients (codes, scales and amax), `_block` is
-everything: attention, norms and activation functions keep BF16 in every policy.
+Counted are the tensors that autograd saves in one eager forward of the first block, each storage once, parameters left
+out. `_linears` are the copies that the block's linears keep for their weight gradients (codes, scales and amax),
+`_block` is everything: attention, norms and activation functions keep BF16 in every policy.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main() -> None:
     figures: dict[str, float | int | str] = {"recipe": options.recipe, "tokens": train.micro_batch * train.seq_len}
     for policy in POLICIES:
         torch.manual_seed(0)
-        holder = _Holder(Block(model))
+        holder = _Holder(Block(model, sublayers=model.blocks[0]))
         for parameter in holder.parameters():
             nn.init.normal_(parameter, std=0.02)
         facts = RunFacts(seed=0, steps=10, tokens_per_step=train.micro_batch * train.seq_len)

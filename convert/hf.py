@@ -114,6 +114,11 @@ def from_hf_state(config: ModelConfig, state: dict[str, Tensor]) -> dict[str, Te
 
 def hf_config(config: ModelConfig, seq_len: int) -> dict[str, Any]:
     """config.json of LlamaForCausalLM, or Qwen3ForCausalLM with QK-norm; raises UsageError if neither is the model."""
+    if config.pattern is not None:
+        raise UsageError(
+            f"Hugging Face's Llama has no equivalent of model.pattern {config.pattern}; only models whose blocks are "
+            "attention and FFN can be exported"
+        )
     wanted = {"activation": "swiglu", "norm": "rmsnorm", "position": "rope"} | (
         {"bias": False} if config.qk_norm else {}
     )

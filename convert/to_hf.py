@@ -39,7 +39,8 @@ def to_hf(run: Path, out: Path, step: int | None, dtype: Dtype | None, tokenizer
     if not checkpoint.is_dir():
         raise UsageError(f"{checkpoint} does not exist; give a run directory, and a --step that it has kept")
     recipe = read_meta(checkpoint)["recipe"]
-    config = ModelConfig(**recipe["model"])
+    # Sizes of Mamba mean something with a pattern alone, which hf_config refuses.
+    config = ModelConfig(**{key: value for key, value in recipe["model"].items() if key != "mamba"})
     export = Export(
         seq_len=recipe["train"]["seq_len"], dtype=dtype or config.dtype, tokenizer=find_tokenizer(run, tokenizer)
     )

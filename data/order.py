@@ -9,7 +9,7 @@ period P (at most 100 000), and one period is filled by Tijdeman's algorithm, wh
 source's count within 1 - 1 / (2k - 2) of its due c_j / P * n, for k sources, after every n samples;
 the period then repeats. (Megatron's greedy rule gives no such bound for more than two sources and
 must be run from sample 0.) A sample's source, and its number within that source, are two table
-look-ups.
+look-ups. Blends may follow each other in phases (`PhasedBlend`); the numbering of the samples goes on.
 
 Sources: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014
 (constants by Vigna); Tijdeman, "The chairman assignment problem", Discrete Mathematics 32 (1980).
@@ -17,7 +17,7 @@ Sources: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", O
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from math import gcd, inf, lcm
 
@@ -91,6 +91,55 @@ class Blend:
         """The sample that is sample `number` of `source`: the inverse of `locate`."""
         period, rank = divmod(number, self.shares[source])
         return period * self._choice.size + int(np.flatnonzero(self._choice == source)[rank])
+
+    def counts(self, samples: int) -> np.ndarray:
+        """How many of the first `samples` samples come from each source: [k] int64."""
+        periods, rest = divmod(samples, self._choice.size)
+        started = np.bincount(self._choice[:rest], minlength=len(self.shares))
+        return periods * np.array(self.shares, dtype=np.int64) + started
+
+
+class PhasedBlend:
+    """Blends that follow each other over one numbering of the samples: the interface of `Blend`.
+
+    A source goes on in a later phase where the earlier ones left it, so that none of its samples comes
+    again before all have come.
+    """
+
+    def __init__(self, phases: Sequence[tuple[int, Mapping[int, float]]]) -> None:
+        """
+        Args:
+            phases: first sample of each phase, ascending from 0, and the weights of its sources by
+                number.
+        """
+        self._starts = np.array([start for start, _ in phases], dtype=np.int64)
+        self._blends = [Blend(list(weights.values())) for _, weights in phases]
+        self._sources = [np.array(list(weights), dtype=np.int64) for _, weights in phases]
+        # samples of each source before each phase: [phases, sources]
+        self._before = np.zeros((len(phases), 1 + max(max(weights) for _, weights in phases)), dtype=np.int64)
+        for phase, length in enumerate(np.diff(self._starts)):
+            self._before[phase + 1] = self._before[phase]
+            self._before[phase + 1, self._sources[phase]] += self._blends[phase].counts(int(length))
+
+    def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `Blend.locate`."""
+        phases = np.searchsorted(self._starts, indices, side="right") - 1
+        sources, numbers = np.empty_like(indices), np.empty_like(indices)
+        for phase in set(phases.tolist()):
+            here = phases == phase
+            place, within = self._blends[phase].locate(indices[here] - self._starts[phase])
+            sources[here] = self._sources[phase][place]
+            numbers[here] = within + self._before[phase, sources[here]]
+        return sources, numbers
+
+    def first_use(self, source: int, number: int) -> int | float:
+        """As `Blend.first_use`; infinite if no phase comes so far."""
+        for phase, (blend, sources) in enumerate(zip(self._blends, self._sources, strict=True)):
+            left = number - int(self._before[phase, source])
+            last = phase + 1 == len(self._blends)
+            if source in sources and (last or number < self._before[phase + 1, source]):
+                return int(self._starts[phase]) + blend.first_use(int(np.flatnonzero(sources == source)[0]), left)
+        return inf
 
 
 def _tijdeman(shares: Sequence[int]) -> list[int]:

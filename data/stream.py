@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from data.indexed import IndexedDataset
-from data.order import Blend, permutation
+from data.order import Blend, PhasedBlend, permutation
 from errors import DataError
 
 
@@ -171,14 +171,14 @@ class SampleStream:
     def __init__(
         self,
         parts: Sequence[PackedDocuments],
-        blend: Blend,
+        blend: Blend | PhasedBlend,
         *,
         endless: bool,
         reset: bool,
     ) -> None:
         self._parts, self._blend, self._reset = parts, blend, reset
         self.seq_len, self.endless = parts[0].seq_len, endless
-        self.num_samples = min(blend.first_use(j, part.num_samples) for j, part in enumerate(parts))
+        self.num_samples = int(min(blend.first_use(j, part.num_samples) for j, part in enumerate(parts)))
 
     def documents(self) -> Iterator[np.ndarray]:
         """Tokens of each document, source by source, in the order of the files."""

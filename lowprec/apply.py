@@ -8,7 +8,7 @@ precision.end_step(group)                              delayed scaling takes its
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from errors import UsageError
 from lowprec.linear import LowPrecisionLinear, Place, Shared, place_problems
 from lowprec.philox import StepContext
-from lowprec.policy import GEMMS, Policy, PrecisionConfig, Slots, describe, table_to_dict
+from lowprec.policy import GEMMS, Policy, PrecisionConfig, Slots, describe, table_to_dict, together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Precision:
         }
         # Rules are resolved against the whole model, whatever part of it is here.
         names = list(linears if facts.linears is None else facts.linears)
-        self.tables = phases(names, policy, config, facts.steps, facts.tokens_per_step)
+        self.tables = phases(names, policy, config, facts)
         self.shared = Shared(
             position=StepContext(seed=facts.seed),
             gemm_dtype=facts.gemm_dtype,
@@ -80,11 +80,11 @@ class Precision:
             if name in wanted and name in linears
         }
         self._here = list(linears)
-        problems = [line for name, layer in self.layers.items() for line in _shape_problems(name, layer)]
+        problems = [(name, problem) for name, layer in self.layers.items() for problem in _shape_problems(layer)]
         for name, place in facts.places.items():  # of other stages, too: all ranks say the same
-            problems += [line for _, table in self.tables for line in place_problems(name, table[name], place)]
-        if problems := list(dict.fromkeys(problems)):
-            raise UsageError("\n".join(["the precision policy does not fit the model:", *problems]))
+            problems += [(name, problem) for _, table in self.tables for problem in place_problems(table[name], place)]
+        if problems:
+            raise UsageError("\n".join(["the precision policy does not fit the model:", *together(problems)]))
 
     def begin_step(self, step: int) -> str | None:
         """Take the phase of `step` and quantize the weights for it; says so if other slots begin here."""
@@ -168,9 +168,10 @@ class Precision:
 
 
 def phases(
-    names: Sequence[str], policy: Policy, config: PrecisionConfig, steps: int, tokens_per_step: int
+    linears: Iterable[str], policy: Policy, config: PrecisionConfig, facts: RunFacts
 ) -> list[tuple[int, dict[str, Slots]]]:
-    """The resolved table of all linears `names` of a model for each phase of a run, by the phase's first step."""
+    """The resolved table of all linears of a model for each phase of a run, by the phase's first step."""
+    names = list(linears)
     blocks = 1 + max((int(name.split(".")[1]) for name in names if name.startswith("layers.")), default=-1)
     if config.bf16_first + config.bf16_last > blocks:
         asked = f"precision.bf16_first {config.bf16_first} and bf16_last {config.bf16_last}"
@@ -178,12 +179,12 @@ def phases(
     policy = policy.with_bf16_blocks(config.bf16_first, config.bf16_last)
     tables = [(0, policy.resolve(names, blocks))]
     for phase in config.schedule:
-        begin = phase.first_step(steps, tokens_per_step)
+        begin = phase.first_step(facts.steps, facts.tokens_per_step)
         last, table = tables[-1]
-        if begin <= last or begin >= steps:
+        if begin <= last or begin >= facts.steps:
             raise UsageError(
                 f"a phase of precision.schedule begins at step {begin}; it must lie after the phase before it ({last}) "
-                f"and before train.steps ({steps})"
+                f"and before train.steps ({facts.steps})"
             )
         tables.append((begin, policy.at(table, phase)))
     return tables
@@ -198,11 +199,11 @@ def _swap(
     return layer
 
 
-def _shape_problems(name: str, layer: LowPrecisionLinear) -> list[str]:
+def _shape_problems(layer: LowPrecisionLinear) -> list[str]:
     """A Hadamard rotation needs whole groups along the features that it turns."""
     sizes = {"fprop": layer.in_features, "dgrad": layer.out_features}
     return [
-        f"{name}: {gemm} rotates groups of {spec.hadamard} features, which do not divide {sizes[gemm]}"
+        f"{gemm} rotates groups of {spec.hadamard} features, which do not divide {sizes[gemm]}"
         for gemm in sizes
         for spec in (layer.specs[f"{gemm}.a"],)
         if spec is not None and spec.hadamard and sizes[gemm] % spec.hadamard

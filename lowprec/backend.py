@@ -24,7 +24,7 @@ from packaging.specifiers import SpecifierSet
 from errors import UsageError
 from lowprec.linear import LowPrecisionLinear, specs_of
 from lowprec.native import native
-from lowprec.policy import PrecisionConfig, Slots, brief
+from lowprec.policy import PrecisionConfig, Slots, together
 
 VERSIONS = SpecifierSet(">=2.19,<2.21")
 INSTALL = "pip install --no-build-isolation -c constraints.txt -e '.[te]'"
@@ -98,28 +98,38 @@ def choose(situation: Situation) -> Backend | None:
 
 def not_supported_reasons(situation: Situation) -> list[str]:
     """Everything that stands against Transformer Engine, in words; empty if nothing does."""
-    found = list(situation.refused)
+    found = reasons_of_the_recipe(situation)
     if situation.device not in DEVICES:
         found.append(_device(situation))
     module, problem = load()
-    found += [problem] if problem else []
-    config = situation.config
+    if module is None:
+        return [*found, problem]
+    recipes = [own.recipe if (own := native(slots)) else "CustomRecipe" for slots in situation.schemes()]
+    return [*found, *(f"{recipe}: {why}" for recipe in dict.fromkeys(recipes) if (why := module.why_not(recipe)))]
+
+
+def reasons_of_the_recipe(situation: Situation) -> list[str]:
+    """Those that no machine would change."""
+    found, config, misfits = list(situation.refused), situation.config, []
     if config.wgrad_output == "fp32":
         found.append("precision.wgrad_output is fp32; its layers hand weight gradients to autograd in BF16: use bf16")
     if not config.pack_saved:
         found.append("precision.pack_saved is false; its layers decide themselves what they keep: use true")
-    asked: dict[str, str] = {}  # recipe -> why not
     for slots, names in situation.schemes().items():
         own = native(slots)
-        recipe = own.recipe if own else "CustomRecipe"
-        if module is not None and (why := module.why_not(recipe)):
-            asked[recipe] = f"{recipe}: {why}"
         if own is None and config.backend == "auto":
             found.append(f"scheme {slots.scheme} is none of its own recipes; it would be emulated there, too")
         if any(spec is not None and spec.amax_history for spec in specs_of(slots).values()):
             found.append(f"scheme {slots.scheme} has delayed scaling; its histories would be in no checkpoint of ours")
-        found += _misfits(slots, names, own.multiple if own else CUSTOM_MULTIPLE, situation)
-    return [*found, *asked.values()]
+        multiple = own.multiple if own else CUSTOM_MULTIPLE
+        misfits += _misfits(slots, names, multiple, situation)
+        rotated = (spec.hadamard for spec in (slots.wgrad.a,) if spec is not None and spec.hadamard)
+        if situation.tokens % (groups := math.lcm(multiple, *rotated)):
+            found.append(
+                f"a micro-batch has {situation.tokens} tokens, no multiple of {groups} ({slots.scheme}); "
+                "change train.micro_batch or train.seq_len"
+            )
+    return [*found, *together(misfits)]
 
 
 def load() -> tuple[ModuleType | None, str]:
@@ -141,21 +151,15 @@ def _device(situation: Situation) -> str:
     return f"device is {situation.device}; Transformer Engine runs on {' and '.join(DEVICES)}"
 
 
-def _misfits(slots: Slots, names: Sequence[str], multiple: int, situation: Situation) -> list[str]:
-    """Sizes of linears that a recipe's quantizers would have to pad."""
-    found = []
-    for at in (0, 1):
-        wrong = {name: situation.shapes[name][at] for name in names if situation.shapes[name][at] % multiple}
-        for size in sorted(set(wrong.values())):
-            which = brief(name for name, other in wrong.items() if other == size)
-            found.append(
-                f"{which}: {size} {('out', 'in')[at]} features a rank, no multiple of {multiple} ({slots.scheme}); "
-                "choose other sizes or a smaller parallel.tp"
-            )
-    groups = math.lcm(multiple, *(spec.hadamard for spec in (slots.wgrad.a,) if spec is not None and spec.hadamard))
-    if situation.tokens % groups:
-        found.append(
-            f"a micro-batch has {situation.tokens} tokens, no multiple of {groups} ({slots.scheme}); "
-            "change train.micro_batch or train.seq_len"
+def _misfits(slots: Slots, names: Sequence[str], multiple: int, situation: Situation) -> list[tuple[str, str]]:
+    """(linear, what a recipe's quantizers would have to pad)."""
+    return [
+        (
+            name,
+            f"{size} {side} features on a rank, no multiple of {multiple} ({slots.scheme}); "
+            "choose other sizes or a smaller parallel.tp",
         )
-    return found
+        for name in names
+        for side, size in zip(("out", "in"), situation.shapes[name], strict=True)
+        if size % multiple
+    ]

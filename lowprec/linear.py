@@ -234,7 +234,7 @@ def specs_of(slots: Slots) -> dict[str, QuantSpec | None]:
     return {f"{gemm}.{side}": getattr(getattr(slots, gemm), side) for gemm in GEMMS for side in ("a", "b")}
 
 
-def place_problems(name: str, slots: Slots, place: Place) -> list[str]:
+def place_problems(slots: Slots, place: Place) -> list[str]:
     """What of a linear's quantization would differ from that of the whole matrix; empty if nothing would."""
     found, specs = [], specs_of(slots)
     for slot, (kind, axis) in SLOT_AXES.items():
@@ -243,7 +243,7 @@ def place_problems(name: str, slots: Slots, place: Place) -> list[str]:
             continue
         along_features = kind == "w" or axis == -1
         if spec.row_amax or along_features and (spec.block == "row" or spec.block == "tensor" and not spec.takes_amax):
-            found.append(f"{name}: {slot} has scales of whole lines, of which each rank has a part; set tp to 1")
+            found.append(f"{slot} has scales of whole lines, of which each rank has a part; set tp to 1")
             continue
         down, across = block_of(spec, axis, 1, 1)
         runs = {1: place.columns(kind), 0: place.outputs if kind == "w" else ()}
@@ -252,7 +252,7 @@ def place_problems(name: str, slots: Slots, place: Place) -> list[str]:
         for dimension, parts in runs.items():
             if cut := [n for run in parts for n in run if n % unit[dimension]]:
                 found.append(
-                    f"{name}: {slot} has blocks of {unit[dimension]} features, but a rank's part begins or ends "
+                    f"{slot} has blocks of {unit[dimension]} features, but a rank's part begins or ends "
                     f"at {cut[0]}; choose a smaller parallel.tp, or sizes that divide"
                 )
                 break

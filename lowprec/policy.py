@@ -274,6 +274,14 @@ def brief(names: Iterable[str]) -> str:
     return ", ".join(pattern.replace("{}", _ranges(indices)) for pattern, indices in blocks.items())
 
 
+def together(problems: Iterable[tuple[str, str]]) -> list[str]:
+    """(name, what is wrong with it) pairs -> a line for each thing that is wrong, with all names that it is said of."""
+    names: dict[str, dict[str, None]] = {}
+    for name, problem in problems:
+        names.setdefault(problem, {})[name] = None
+    return [f"{brief(members)}: {problem}" for problem, members in names.items()]
+
+
 def _ranges(indices: list[int]) -> str:
     runs: list[list[int]] = []
     for index in indices:

@@ -41,6 +41,7 @@ from lowprec.fragments import Shard
 from lowprec.gradients import GradientsConfig
 from lowprec.optim import OptimizerConfig
 from lowprec.patching import Patch, applied
+from lowprec.policy import together
 from lowprec.updater import Updater
 from lowprec.zero_optimizer import Plan, low_precision
 
@@ -197,7 +198,7 @@ def build_engine(parts: Sequence[nn.Module], plan: ZeroPlan) -> Engine:
                 True  # DeepSpeed's own norm, at stage 3, counts other ones on one rank
             )
     shards = plan.shards or {name: Shard.of_whole(tuple(p.shape)) for name, p in parameters.items()}
-    _check_states(plan, shards)
+    check_states(plan, shards)
     names = {id(parameter): name for name, parameter in parameters.items()}
     updater = Updater(plan.optimizer, {name: shards[name] for name in parameters}, device, seed=plan.seed)
     stage, layout = plan.zero.stage, plan.layout
@@ -215,7 +216,7 @@ def build_engine(parts: Sequence[nn.Module], plan: ZeroPlan) -> Engine:
         replicas=data_parallel if stage == 0 else None,
         nodes=plan.nodes,
     )
-    groups = _groups(parameters.values(), plan.optimizer, ranks=1 if stage == 0 else dp, fill=stage < 3)
+    groups = _groups(parameters.values(), plan, dp)
     # It also prints, once a rank, that it built its shared-memory operator.
     with applied(_PATCH_ENGINE, _optimizer_patch(ours)), contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(
@@ -236,37 +237,49 @@ def build_engine(parts: Sequence[nn.Module], plan: ZeroPlan) -> Engine:
     return made
 
 
-def _check_states(plan: ZeroPlan, shards: Mapping[str, Shard]) -> None:
+def partition_size(parts: Sequence[nn.Module], plan: ZeroPlan, dp: int) -> int:
+    """Elements of which one of `dp` ranks keeps the optimizer states (stage 3: and weights), fillers included.
+
+    From the very groups that `build_engine` gives to DeepSpeed, which cuts each into equal parts (at stage 3 each
+    parameter). The modules may be on the meta device.
+    """
+    parameters = dict.fromkeys(parameter for part in parts for parameter in part.parameters())
+    members = [[p.numel() for p in group["params"]] for group in _groups(parameters, plan, dp)]
+    if plan.zero.stage == 3:
+        return sum(-(-count // dp) for counts in members for count in counts)
+    return sum(sum(counts) for counts in members) // (1 if plan.zero.stage == 0 else dp)
+
+
+def check_states(plan: ZeroPlan, shards: Mapping[str, Shard]) -> None:
     """Refuse what a part of a parameter cannot have as the whole one would; all at once, the same on all ranks."""
-    problems = [problem for name, shard in shards.items() if shard.split for problem in _misfits(plan, name, shard)]
+    problems = [(name, problem) for name, shard in shards.items() if shard.split for problem in _misfits(plan, shard)]
     if problems:
-        more = [f"and {len(problems) - 4} more"] if len(problems) > 4 else []
-        raise UsageError("\n".join(["optimizer states and gradients do not fit parallel.tp:", *problems[:4], *more]))
+        raise UsageError("\n".join(["optimizer states and gradients do not fit parallel.tp:", *together(problems)]))
 
 
-def _misfits(plan: ZeroPlan, name: str, shard: Shard) -> Iterator[str]:
+def _misfits(plan: ZeroPlan, shard: Shard) -> Iterator[str]:
     storage: Update = plan.optimizer.storage
     parts, whole = storage.parts(shard.shape), storage.parts(shard.whole)
     if [(key, part.per, part.dtype) for key, part in parts.items()] != [
         (key, part.per, part.dtype) for key, part in whole.items()
     ]:
         yield (
-            f"{name} has {math.prod(shard.shape)} elements on a rank, so few that its optimizer states would be stored "
+            f"{math.prod(shard.shape)} elements on a rank are so few that their optimizer states would be stored "
             "otherwise than unsharded ones; choose a smaller parallel.tp, or FP32 states"
         )
     if storage.sums_length(shard.shape) or any(part.per == 0 and part.length > 1 for part in parts.values()):
         yield (
-            f"{name}: optimizer states of whole rows and columns (rank-1, factored) are not built for parallel.tp "
+            "optimizer states of whole rows and columns (rank-1, factored) are not built for parallel.tp "
             "above 1; choose block states, or tp 1"
         )
     if any(part.per > 1 for part in parts.values()) and not shard.multiples_of(UNIT):
         yield (
-            f"{name}: parallel.tp cuts it within blocks of {UNIT} elements, by which its optimizer states are stored; "
+            f"parallel.tp cuts it within blocks of {UNIT} elements, by which its optimizer states are stored; "
             "choose a smaller parallel.tp, sizes that divide, or states without blocks"
         )
     if shard.repeated and (why := _differs_between_copies(plan)):
         yield (
-            f"{name}: parallel.tp exceeds the key/value heads, which ranks then hold copies of; {why} would let them "
+            f"parallel.tp exceeds the key/value heads, which ranks then hold copies of; {why} would let them "
             "drift apart; choose a smaller parallel.tp, or drop it"
         )
 
@@ -287,14 +300,15 @@ def _differs_between_copies(plan: ZeroPlan) -> str | None:
     return None
 
 
-def _groups(parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, ranks: int, fill: bool) -> list[dict]:
-    """Two groups: parameters of two or more dimensions decay, the rest do not. fill: round all up to whole units."""
+def _groups(parameters: Iterable[nn.Parameter], plan: ZeroPlan, dp: int) -> list[dict]:
+    """Two groups: parameters of two or more dimensions decay, the rest do not; up to stage 2 filled to whole units."""
+    stage = plan.zero.stage
     matrices, vectors = [], []
     for parameter in parameters:
         (matrices if parameter.ndim >= 2 else vectors).append(parameter)
     return [
-        {"params": _filled(members, ranks) if fill else members, "weight_decay": decay}
-        for members, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        {"params": _filled(members, dp if stage else 1) if stage < 3 else members, "weight_decay": decay}
+        for members, decay in ((matrices, plan.optimizer.weight_decay), (vectors, 0.0))
         if members
     ]
 

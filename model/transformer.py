@@ -63,8 +63,9 @@ class Transformer(nn.Module):
         dtype = DTYPES[config.dtype]
         if first or last and config.tied_embeddings:
             self.embedding = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype)
+        kinds = config.blocks
         self.layers = nn.ModuleDict(
-            {str(i): Block(config, gemm_dtype) for i in (range(config.num_layers) if blocks is None else blocks)}
+            {str(i): Block(config, gemm_dtype, kinds[i]) for i in (range(len(kinds)) if blocks is None else blocks)}
         )
         # What wraps a block's second forward under full recomputation (lowprec/apply.py: where its tokens are).
         self.recompute_context: Callable[[], tuple[AbstractContextManager, AbstractContextManager]] = noop_context_fn
@@ -87,7 +88,7 @@ class Transformer(nn.Module):
         """Logits [B, S, V] in the model's dtype, or `Loss` if labels are given.
 
         tokens, labels: int64 [B, S]; labels are the tokens that follow. positions: [S] or [B, S], default 0..S-1.
-        document_ids: [B, S]; attention stays within runs of equal ids; default one document.
+        document_ids: [B, S]; attention and recurrences stay within runs of equal ids; default one document.
         A part that is not the first takes hidden states [B, S, hidden]; one that is not the last returns them.
         """
         x = self.embedding(tokens) if self.first else tokens
@@ -96,9 +97,9 @@ class Transformer(nn.Module):
         for block in self.layers.values():
             if self.config.recompute == "full":
                 options = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": self.recompute_context}
-                x = checkpoint(block, x, rope, mask, **options)
+                x = checkpoint(block, x, rope, mask, document_ids, **options)
             else:
-                x = block(x, rope, mask)
+                x = block(x, rope, mask, document_ids)
         if not self.last:
             return x
         x = self.norm(x)

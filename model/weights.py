@@ -29,13 +29,15 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def logical_shape(config: ModelConfig, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape in which checkpoints and shardings speak of a parameter: fused rows as their own dimensions.
 
-    The weight of qkv is [kv_heads, q_per_kv + 2, head_size, hidden], that of gate_up [2, ffn, hidden]; same elements in
-    the same order. A bias is a vector.
+    The weight of qkv is [kv_heads, q_per_kv + 2, head_size, hidden], that of gate_up [2, ffn, hidden], those of Mamba's
+    in_proj and conv begin with [groups]; same elements in the same order. A bias is a vector.
     """
     if name.endswith(".qkv.weight"):
         return (config.kv_heads, config.q_per_kv + 2, config.head_size, *shape[1:])
     if name.endswith(".gate_up.weight"):
         return (2, config.ffn_size, *shape[1:])
+    if name.endswith((".in_proj.weight", ".conv.weight")):
+        return (config.mamba.groups, shape[0] // config.mamba.groups, *shape[1:])
     return shape
 
 

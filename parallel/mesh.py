@@ -26,11 +26,15 @@ SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipev")  # weight gradi
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What a layout must divide: of the model, of the batch (micro-batches a step of one data-parallel rank), ZeRO."""
+    """What a layout must divide: of the model, of the batch (micro-batches a step of one data-parallel rank), ZeRO.
+
+    mamba_groups: None without Mamba blocks
+    """
 
     num_heads: int
     num_kv_heads: int
     ffn_size: int
+    mamba_groups: int | None
     vocab_size: int
     num_layers: int
     seq_len: int
@@ -42,6 +46,7 @@ class Sizes:
 class ParallelConfig:
     """How the model is laid out over ranks.
 
+    ranks:           processes that the recipe is laid out for; a dry run's default, while a run takes any that divides
     tp:              tensor-parallel degree
     pp:              pipeline-parallel degree
     cp, ep:          context and expert parallelism: reserved, not built
@@ -54,6 +59,7 @@ class ParallelConfig:
     timeout_s:       seconds after which a collective that some rank never joined is an error
     """
 
+    ranks: int | None = None
     tp: int = 1
     pp: int = 1
     cp: int = 1
@@ -80,6 +86,8 @@ class ParallelConfig:
             found.append("sp is true with parallel.tp 1; sequence parallelism needs a tensor-parallel group")
         if self.sp_payload != "exact" and not self.sp:
             found.append(f"sp_payload is {self.sp_payload} with parallel.sp false; set sp, or drop it")
+        if self.ranks is not None and self.ranks < 1:
+            found.append(f"ranks is {self.ranks}; it must be at least 1, or null")
         if self.timeout_s < 1:
             found.append(f"timeout_s is {self.timeout_s}; it must be at least 1 second")
         return found or self._stage_problems()
@@ -118,6 +126,7 @@ class ParallelConfig:
         split = {
             "model.num_heads": sizes.num_heads,
             "model.ffn_size": sizes.ffn_size,
+            "model.mamba.groups": sizes.mamba_groups or 0,
             "model.vocab_size": sizes.vocab_size,
             "train.seq_len": sizes.seq_len if self.sp else 0,
         }

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -44,20 +45,28 @@ SCHEDULES: dict[str, Any] = {
 }
 
 
-def balance(blocks: int, stages: int, ends: tuple[float, float] = (0.0, 0.0)) -> tuple[int, ...]:
+def balance(costs: Sequence[float], stages: int, ends: tuple[float, float] = (0, 0)) -> tuple[int, ...]:
     """Blocks of each stage, such that the slowest one is as fast as can be, then the next slowest.
 
-    ends: what the embedding costs the first stage, and norm, logits and loss the last one, in units of a block.
+    costs: of each block, in order; ends: what the embedding costs the first stage, and norm, logits and loss the last
+    one, in the same unit. Of equally good splits it takes the one with more blocks in earlier stages.
     """
+    blocks = len(costs)
     assert 1 <= stages <= blocks, (blocks, stages)
-    extra = [0.0] * stages
-    extra[0] += ends[0]
-    extra[-1] += ends[1]
-    counts = [1] * stages
-    for _ in range(blocks - stages):  # the stage that would be fastest takes the next block
-        fastest = min(range(stages), key=lambda stage: (counts[stage] + extra[stage], stage))
-        counts[fastest] += 1
-    return tuple(counts)
+    before = [0, *accumulate(costs)]
+    # Blocks so far -> the best split of them into the stages so far: (loads, slowest first; minus counts).
+    best: dict[int, tuple[list[float], tuple[int, ...]]] = {0: ([], ())}
+    for stage in range(stages):
+        extra = ends[0] * (stage == 0) + ends[1] * (stage == stages - 1)
+        best = {
+            end: min(
+                (sorted([*loads, before[end] - before[begin] + extra], reverse=True), (*counts, begin - end))
+                for begin, (loads, counts) in best.items()
+                if begin < end
+            )
+            for end in range(stage + 1, blocks - (stages - 1 - stage) + 1)
+        }
+    return tuple(-count for count in best[blocks][1])
 
 
 def stages_of(rank: int, config: ParallelConfig) -> tuple[int, ...]:

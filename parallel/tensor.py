@@ -4,10 +4,11 @@
     heads       the same for fused query, key and value rows: whole heads; key/value heads are repeated where there are
                 fewer of them than ranks
     halves      the same for fused gate and up rows: a part of each
+    channels    parameters of the features between such linears, split alike: nothing to communicate
     columns     a linear split along its input (row-parallel): every rank has a summand of the output
     vocabulary  an embedding split along the vocabulary
 
-    x --enter--> [rows] -> attention or activation -> [columns] --leave--> + bias
+    x --enter--> [rows] -> attention, scan or activation -> [columns] --leave--> + bias
 
 Without sequence parallelism x is the same on all ranks: `enter` is the identity (its backward adds up gradients),
 `leave` an all-reduce. With it (Korthikanti et al., arXiv 2205.05198) residuals and norms hold S / tp positions of each
@@ -20,6 +21,7 @@ the plain ones (lowprec/apply.py); `connect` comes last.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -42,6 +44,11 @@ PLAN: Mapping[str, str] = {
     "embedding": "vocabulary",
     "layers.*.attention.qkv": "heads",
     "layers.*.attention.out": "columns",
+    "layers.*.mamba.in_proj": "rows",  # ordered by group, as all of Mamba
+    "layers.*.mamba.conv": "channels",
+    "layers.*.mamba": "channels",  # A_log, D, dt_bias
+    "layers.*.mamba.norm": "channels",
+    "layers.*.mamba.out_proj": "columns",
     "layers.*.mlp.gate_up": "halves",
     "layers.*.mlp.up": "rows",
     "layers.*.mlp.down": "columns",
@@ -92,8 +99,8 @@ def _bias_of(weight: Shard, whole: tuple[int, ...], rank: int) -> Shard:
 
 
 def _row_runs(whole: tuple[int, ...], rank: int, size: int) -> tuple[tuple[Run, ...], tuple[int, ...]]:
-    part = whole[0] // size
-    return (Run(rank * part, part),), (part, *whole[1:])
+    part, rows = whole[0] // size, math.prod(whole[1:-1])
+    return (Run(rank * part * rows, part * rows),), (part, *whole[1:])
 
 
 def _half_runs(whole: tuple[int, ...], rank: int, size: int) -> tuple[tuple[Run, ...], tuple[int, ...]]:
@@ -117,7 +124,13 @@ def _head_runs(whole: tuple[int, ...], rank: int, size: int) -> tuple[tuple[Run,
     return (q, kv), (1, queries + 2, head, *rest)
 
 
-_RUNS = {"rows": _row_runs, "vocabulary": _row_runs, "halves": _half_runs, "heads": _head_runs}
+_RUNS = {
+    "rows": _row_runs,
+    "channels": _row_runs,
+    "vocabulary": _row_runs,
+    "halves": _half_runs,
+    "heads": _head_runs,
+}
 
 
 def shards(shapes: Mapping[str, tuple[int, ...]], tp: TensorParallel) -> dict[str, Shard]:

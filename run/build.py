@@ -54,6 +54,7 @@ def build(
         vocab_size=recipe.model.vocab_size,
         seq_len=recipe.train.seq_len,
         seed=recipe.train.seed,
+        starts=recipe.data_phases(),
     )
     _check_validation(recipe, data)
     join(device, launch, recipe.parallel.timeout_s)

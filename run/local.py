@@ -51,6 +51,15 @@ class Local:
     backend: Backend | None
 
 
+@dataclass(frozen=True)
+class Placed:
+    """This rank's stages in their local shapes; what of each parameter of the model a rank of its tensor rank holds."""
+
+    parts: Sequence[Transformer]
+    held: dict[str, Shard]
+    tp: tensor.TensorParallel
+
+
 def build_local(
     recipe: Recipe, mesh: Mesh, device: torch.device, gemm_dtype: torch.dtype, node_size: int | None = None
 ) -> Local:
@@ -58,6 +67,19 @@ def build_local(
 
     node_size: processes a node; by default all are on one
     """
+    placed = place_parts(recipe, mesh, device, gemm_dtype)
+    backend = choose(situation(recipe, mesh, placed, device.type))
+    precision = give_precision(recipe, mesh, placed, gemm_dtype, backend)
+    parts = placed.parts
+    if should_compile(recipe, device):
+        compile_parts(parts)
+    nodes = node_groups(mesh, node_size or mesh.world_size) if recipe.gradients.two_level else None
+    engine = build_engine(parts, replace(zero_plan(recipe, mesh, placed), nodes=nodes))
+    return Local(parts, precision, engine, _pipeline(recipe, mesh, device, parts, precision, engine), backend)
+
+
+def place_parts(recipe: Recipe, mesh: Mesh, device: torch.device, gemm_dtype: torch.dtype) -> Placed:
+    """The modules of this rank's stages, sharded, with uninitialised memory on `device` (none on meta)."""
     parts = _parts(recipe, mesh, gemm_dtype)
     tp = tensor.TensorParallel.of(mesh, recipe.parallel.sp)
     held = _shards(recipe, mesh, parts, tp)
@@ -65,13 +87,48 @@ def build_local(
     for part in parts:
         part.to_empty(device=device)
     _tie(parts)
-    precision, backend = _precision(recipe, mesh, parts, held, gemm_dtype, device)
-    tensor.connect(parts, held, tp, _payloads(recipe, precision))
-    if should_compile(recipe, device):
-        compile_parts(parts)
-    nodes = node_groups(mesh, node_size or mesh.world_size) if recipe.gradients.two_level else None
-    engine = build_engine(parts, replace(_zero_plan(recipe, mesh, parts, held), nodes=nodes))
-    return Local(parts, precision, engine, _pipeline(recipe, mesh, device, parts, precision, engine), backend)
+    return Placed(parts, held, tp)
+
+
+def give_precision(
+    recipe: Recipe, mesh: Mesh, placed: Placed, gemm_dtype: torch.dtype, backend: Backend | None = None
+) -> Precision:
+    """Put the recipe's policy to work on the placed modules, then the communication around them. Raises UsageError.
+
+    backend: whose layers run it; None: ours
+    """
+    facts = replace(_facts(recipe, mesh, placed), gemm_dtype=gemm_dtype)
+    if backend is not None:
+        facts = replace(facts, layer=backend.layer)
+    precision = Precision(placed.parts, load_policy(recipe.precision.policy), recipe.precision, facts)
+    for part in placed.parts:
+        part.recompute_context = precision.recompute_context
+    tensor.connect(placed.parts, placed.held, placed.tp, _payloads(recipe, precision))
+    return precision
+
+
+def situation(recipe: Recipe, mesh: Mesh, placed: Placed, device: str) -> Situation:
+    """What decides whose layers can run the recipe, the same on all ranks."""
+    facts, shapes = _facts(recipe, mesh, placed), {}
+    for name in facts.linears or ():
+        shard = placed.held[f"{name}.weight"]
+        shapes[name] = (sum(run.rows for run in shard.runs), shard.columns[1])
+    tables = phases(shapes, load_policy(recipe.precision.policy), recipe.precision, facts)
+    tokens = recipe.train.micro_batch * recipe.train.seq_len
+    return Situation([table for _, table in tables], shapes, tokens, device, recipe.precision, _without_te(recipe))
+
+
+def _without_te(recipe: Recipe) -> list[str]:
+    """Settings that Transformer Engine's layers do not join in."""
+    found, schedule = [], recipe.parallel.schedule
+    if recipe.zero.stage == 3:
+        found.append("zero.stage is 3, which frees weights that its layers keep for the backward; use stage 0 to 2")
+    if recipe.parallel.pp > 1 and schedule in SPLIT_BACKWARD:
+        found.append(
+            f"parallel.schedule {schedule} computes weight gradients apart, with which its layers' own delay is not "
+            "connected; use 1f1b or interleaved_1f1b"
+        )
+    return found
 
 
 def stage_layers(recipe: Recipe) -> tuple[int, ...]:
@@ -79,9 +136,8 @@ def stage_layers(recipe: Recipe) -> tuple[int, ...]:
     config, model = recipe.parallel, recipe.model
     if config.stage_layers is not None:
         return config.stage_layers
-    block = model.hidden_size * (model.qkv_size + model.q_size + model.up_size + model.ffn_size)
-    block += model.q_size * recipe.train.seq_len
-    return balance(model.num_layers, config.stages, (0.0, model.hidden_size * model.vocab_size / block))
+    costs = model.block_flops(recipe.train.seq_len)
+    return balance(costs, config.stages, (0, model.flops_per_token(recipe.train.seq_len) - sum(costs)))
 
 
 def _parts(recipe: Recipe, mesh: Mesh, gemm_dtype: torch.dtype) -> list[Transformer]:
@@ -122,61 +178,20 @@ def _tie(parts: Sequence[Transformer]) -> None:
         last.embedding = first.embedding
 
 
-def _precision(
-    recipe: Recipe,
-    mesh: Mesh,
-    parts: Sequence[Transformer],
-    held: dict[str, Shard],
-    gemm_dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[Precision, Backend | None]:
-    train, policy = recipe.train, load_policy(recipe.precision.policy)
+def _facts(recipe: Recipe, mesh: Mesh, placed: Placed) -> RunFacts:
+    train = recipe.train
     with torch.device("meta"):
         whole = Transformer(recipe.model)
-    linears = {name: module for name, module in whole.named_modules() if isinstance(module, nn.Linear)}
-    facts = RunFacts(
+    linears = [name for name, module in whole.named_modules() if isinstance(module, nn.Linear)]
+    return RunFacts(
         seed=train.seed,
         steps=train.steps,
         tokens_per_step=train.global_batch * train.seq_len,
         keep_weights=recipe.zero.stage < 3,
-        gemm_dtype=gemm_dtype,
         swap_all=mesh.pp > 1 and recipe.parallel.schedule in SPLIT_BACKWARD,
-        linears=list(linears),
-        places={name: place for name in linears if (place := _place(held[f"{name}.weight"], mesh))},
+        linears=linears,
+        places={name: place for name in linears if (place := _place(placed.held[f"{name}.weight"], mesh))},
     )
-    tables = phases(list(linears), policy, recipe.precision, facts.steps, facts.tokens_per_step)
-    shapes = {name: (module.out_features, module.in_features) for name, module in linears.items()}
-    for name, place in facts.places.items():
-        shapes[name] = (sum(count for _, count in place.outputs), place.inputs[1])
-    backend = choose(
-        Situation(
-            tables=[table for _, table in tables],
-            shapes=shapes,
-            tokens=train.micro_batch * train.seq_len,
-            device=device.type,
-            config=recipe.precision,
-            refused=_without_te(recipe),
-        )
-    )
-    if backend is not None:
-        facts = replace(facts, layer=backend.layer)
-    precision = Precision(parts, policy, recipe.precision, facts)
-    for part in parts:
-        part.recompute_context = precision.recompute_context
-    return precision, backend
-
-
-def _without_te(recipe: Recipe) -> list[str]:
-    """Settings that Transformer Engine's layers do not join in."""
-    found = []
-    if recipe.zero.stage == 3:
-        found.append("zero.stage is 3, which frees weights that its layers keep for the backward; use stage 0 to 2")
-    if recipe.parallel.pp > 1 and recipe.parallel.schedule in SPLIT_BACKWARD:
-        found.append(
-            f"parallel.schedule {recipe.parallel.schedule} computes weight gradients later, and its layers' own delay "
-            "is not connected to that; use 1f1b"
-        )
-    return found
 
 
 def _place(shard: Shard, mesh: Mesh) -> Place | None:
@@ -212,8 +227,9 @@ def _payloads(recipe: Recipe, precision: Precision) -> dict[str, Payload]:
     return dict.fromkeys(found, payload)
 
 
-def _zero_plan(recipe: Recipe, mesh: Mesh, parts: Sequence[Transformer], held: dict[str, Shard]) -> ZeroPlan:
-    train, layout = recipe.train, None
+def zero_plan(recipe: Recipe, mesh: Mesh, placed: Placed) -> ZeroPlan:
+    """What the engine is told of the placed modules."""
+    train, parts, layout = recipe.train, placed.parts, None
     if mesh.sharded:
         tied = mesh.pp > 1 and recipe.model.tied_embeddings and any(hasattr(part, "embedding") for part in parts)
         both = recipe.parallel.stages - 1 in stages_of(0, recipe.parallel)
@@ -230,7 +246,7 @@ def _zero_plan(recipe: Recipe, mesh: Mesh, parts: Sequence[Transformer], held: d
         gradients=recipe.gradients,
         micro_batch=train.micro_batch,
         accumulation=train.global_batch // (train.micro_batch * mesh.dp),
-        shards=held,
+        shards=placed.held,
         layout=layout,
         seed=train.seed,
     )
@@ -295,11 +311,13 @@ def should_compile(recipe: Recipe, device: torch.device) -> bool:
 
 
 def compile_parts(parts: Sequence[Transformer]) -> None:
-    """Compile one code for all blocks, and the loss. Names and parameters stay as they are."""
-    blocks = [block for part in parts for block in part.layers.values()]
-    block_forward = torch.compile(type(blocks[0]).forward, dynamic=False)
-    for block in blocks:
-        block.forward = functools.partial(block_forward, block)
+    """Compile one code for all blocks of a kind, and the loss. Names and parameters stay as they are."""
+    forwards: dict[str, Callable[..., Tensor]] = {}
+    for block in (block for part in parts for block in part.layers.values()):
+        kind = block.sublayers
+        if kind not in forwards:  # isolated: kinds share neither guards nor the limit of recompilations
+            forwards[kind] = torch.compile(type(block).forward, dynamic=False, isolate_recompiles=True)
+        block.forward = functools.partial(forwards[kind], block)
     for part in parts:
         if part.last:
             part.cross_entropy.compile(dynamic=False)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 
-from recipe import ScheduleConfig, in_steps
+from sections import ScheduleConfig, in_steps
 
 
 def lr_factor(config: ScheduleConfig, step: int, steps: int) -> float:

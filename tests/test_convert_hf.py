@@ -150,6 +150,7 @@ def test_shards(tmp_path):
         ({"norm": "layernorm", "activation": "relu2"}, "model.activation: relu2 .* model.norm: layernorm"),
         ({"position": "none"}, "Llama .* model.position"),
         ({"qk_norm": True, "bias": True}, "Qwen3 .* model.bias"),
+        ({"pattern": "*-"}, r"no equivalent of model.pattern \*-"),
     ],
 )
 def test_models_without_an_equivalent_are_refused(change, word, tmp_path):
@@ -163,6 +164,7 @@ def test_models_without_an_equivalent_are_refused(change, word, tmp_path):
     ("change", "word"),
     [
         ({"model_type": "gpt2"}, "gpt2"),
+        ({"model_type": "nemotron_h"}, "nemotron_h"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "rope type 'llama3'"),
         ({"mlp_bias": True}, "bias in the attention or the MLP alone"),

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.config import DataPhase
 from data.indexed import IndexedWriter
 from data.loader import DataConfig, open_data, split_documents
 from data.prepare import PrepareOptions, prepare
@@ -114,6 +115,94 @@ def test_blend_takes_each_source_in_proportion_and_in_its_own_order(tmp_path):
     seen = Counter(tuple(train.sample(i)) for i in range(train.num_samples))
     assert max(seen.values()) == 1  # num_samples: before any source repeats
     assert train.num_samples == 4 * 49 + from_b[196:].index(True)  # b has 49 samples
+
+
+def _phased(folder: Path, starts=(37, 60)):
+    """Sources a and b; then b, c and a in other shares; then d alone, which only the last phase has."""
+    paths = {name: str(folder / name) for name in "abcd"}
+    phases = (
+        DataPhase(start=0.5, train=(0.5, paths["b"], 0.2, paths["c"], 0.3, paths["a"])),
+        DataPhase(start=0.9, train=paths["d"]),
+    )
+    config = DataConfig(
+        train=(0.7, paths["a"], 0.3, paths["b"]),
+        phases=phases,
+        validation=None,
+        tokenizer=None,
+        cache=str(folder / "cache"),
+    )
+    assert config.problems() == []
+    return open_data(config, vocab_size=100_000, seq_len=8, seed=3, starts=starts).train
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> Path:
+    """Sources whose tokens tell them apart: a from 10,000 on, b from 20,000 on, ..."""
+    folder = tmp_path_factory.mktemp("four")
+    for index, name in enumerate("abcd"):
+        corpus(folder / name, [20 + index] * 30, first=10_000 * (index + 1))
+    return folder
+
+
+def test_phases_change_the_blend_at_their_sample_and_sources_go_on(four):
+    train = _phased(four)
+    samples = [train.sample(i) for i in range(120)]
+    sources = "".join(" abcd"[int(sample.max()) // 10_000] for sample in samples)
+    for begin, end, weights in ((0, 37, {"a": 0.7, "b": 0.3}), (37, 60, {"b": 0.5, "c": 0.2, "a": 0.3})):
+        assert set(sources[begin:end]) == set(weights)
+        for name, weight in weights.items():
+            for n in range(begin, end + 1):
+                assert abs(sources[begin:n].count(name) - weight * (n - begin)) < 1
+    assert set(sources[60:]) == {"d"}
+    alone = {name: stream(four / name, 8, seed=3).train for name in "abcd"}
+    for name in "abcd":  # in its own epoch's order nothing is left out or comes twice, across the borders
+        taken = [samples[i].tolist() for i in range(120) if sources[i] == name]
+        assert len({tuple(sample) for sample in taken}) == len(taken) <= alone[name].num_samples
+    first = [alone["a"].sample(i).tolist() for i in range(40)]  # source 0 alone has the same key
+    assert [samples[i].tolist() for i in range(60) if sources[i] == "a"] == first[: sources[:60].count("a")]
+    assert train.num_samples == 60 + alone["d"].num_samples
+
+
+def test_a_border_of_phases_is_the_same_for_any_number_of_ranks_and_any_resume(four):
+    whole = _phased(four).batch(range(96)).tokens.numpy()
+    for ranks, begin in ((1, 36), (2, 24), (3, 30), (4, 56)):  # each a fresh process that resumes there
+        fresh = _phased(four)
+        for step in range(begin, 96 - 2 * ranks, 2 * ranks):
+            for rank in range(ranks):
+                mine = fresh.batch(range(step + 2 * rank, step + 2 * rank + 2)).tokens.numpy()
+                assert (mine == whole[step + 2 * rank : step + 2 * rank + 2]).all()
+
+
+def test_a_phase_with_the_same_source_changes_nothing(four):
+    config = DataConfig(
+        train=str(four / "a"),
+        phases=(DataPhase(tokens=10, train=str(four / "a")),),
+        validation=0.1,
+        tokenizer=None,
+        cache=str(four / "cache"),
+    )
+    phased = open_data(config, vocab_size=100_000, seq_len=8, seed=3, starts=[13])
+    plain = stream(four / "a", 8, seed=3, validation=0.1)
+    assert (phased.train.batch(range(99)).tokens == plain.train.batch(range(99)).tokens).all()
+    assert phased.train.num_samples == plain.train.num_samples
+    assert len(phased.hashes()) == 1 and phased.validation.num_samples == plain.validation.num_samples
+
+
+def test_data_of_the_users_own_must_be_named(four):
+    for keys in ({"train": None}, {"train": str(four / "a"), "phases": (DataPhase(start=0.5, train=None),)}):
+        config = DataConfig(validation=None, tokenizer=None, cache=str(four / "cache"), **keys)
+        assert config.problems() == []
+        with pytest.raises(UsageError, match=r"train is null: this recipe is for data of your own"):
+            open_data(config, vocab_size=100_000, seq_len=8, seed=0, starts=[9] * len(config.phases))
+
+
+def test_a_source_twice_in_a_phase_is_refused_however_it_is_spelled(four):
+    phase = DataPhase(start=0.5, train=(1.0, str(four / "a"), 2.0, str(four / "a.bin")))
+    config = DataConfig(
+        train=str(four / "b"), phases=(phase,), validation=None, tokenizer=None, cache=str(four / "cache")
+    )
+    with pytest.raises(UsageError, match=r"phases\[0\].train names a source twice"):
+        open_data(config, vocab_size=100_000, seq_len=8, seed=0, starts=[9])
 
 
 @settings(max_examples=40, deadline=None)
@@ -259,6 +348,9 @@ def test_config_problems():
         {"validation": 0.0},
         {"validation": ("x",)},
         {"workers": 0},
+        {"phases": (DataPhase(train="a"),)},
+        {"phases": (DataPhase(start=0.5, tokens=9, train="a"),)},
+        {"phases": (DataPhase(start=0.5, train=(0.0, "a")),)},
     ):
         (problem,) = DataConfig(**bad).problems()
         assert problem.startswith(next(iter(bad)))

@@ -31,6 +31,14 @@ def zero(stage: int) -> str:
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv", "dualpipev")
 
+# Every kind of block in both stages of two; two groups of four heads
+HYBRID = (
+    "model.pattern=M-M*M*-M",
+    "model.mamba.state=8",
+    "model.mamba.groups=2",
+    "model.mamba.head_dim=8",
+    "model.mamba.chunk=6",
+)
 MORE = ("model.bias=true", "model.norm=layernorm", "model.qk_norm=true")
 
 # ranks -> layouts
@@ -40,8 +48,11 @@ QUICK: dict[int, list[tuple[str, ...]]] = {
         tp(2, TIED, *MORE, zero(1), sp=True),
         *(pp(2, schedule, zero(i % 2), *((TIED,) if i % 3 == 0 else ())) for i, schedule in enumerate(SCHEDULES)),
         pp(2, "1f1b", TIED, "model.recompute=full", "parallel.stage_layers=[5, 3]"),
+        tp(2, *HYBRID, zero(1), sp=True),
+        pp(2, "zbv", *HYBRID, TIED),
     ],
     4: [
+        tp(2, *pp(2, "1f1b", *HYBRID, TIED, "model.bias=true")),
         tp(4, zero(1), "model.bias=true", sp=True),  # two key/value heads for four ranks
         tp(2, *pp(2, "zbv", "model.num_kv_heads=1", "model.bias=true")),
         tp(2, zero(3), TIED, sp=True),
@@ -63,6 +74,9 @@ FULL: dict[int, list[tuple[str, ...]]] = {
         ),
         *(pp(2, schedule, "model.recompute=full") for schedule in ("interleaved_1f1b", "zbv")),
         pp(2, "1f1b", "parallel.stage_layers=[5, 3]"),
+        *(tp(2, *HYBRID, zero(stage), *MORE, sp=sp) for stage in range(4) for sp in (False, True)),
+        *(tp(2, *HYBRID, f"model.recompute={what}", sp=True) for what in ("selective", "full")),
+        *(pp(2, name, *HYBRID, f"model.recompute={what}") for name in SCHEDULES for what in ("none", "full")),
     ],
     4: [
         *(tp(4, zero(stage), sp=sp) for stage in (0, 1, 2) for sp in (False, True)),
@@ -70,6 +84,9 @@ FULL: dict[int, list[tuple[str, ...]]] = {
         *(pp(4, schedule, *((TIED,) if i % 2 else ())) for i, schedule in enumerate(SCHEDULES)),
         *(tp(2, *pp(2, name, *((TIED,) if i % 3 else ())), sp=bool(i % 2)) for i, name in enumerate(SCHEDULES)),
         *(tp(2, zero(stage), sp=bool(stage % 2)) for stage in range(4)),
+        tp(4, *HYBRID, "model.mamba.groups=4", sp=True),
+        *(tp(2, *HYBRID, zero(stage), TIED, sp=bool(stage % 2)) for stage in range(4)),
+        *(tp(2, *pp(2, name, *HYBRID, *((TIED,) if i % 2 else ())), sp=i > 2) for i, name in enumerate(SCHEDULES)),
         *(pp(2, schedule, zero(i % 2), *((TIED,) if i % 2 else ())) for i, schedule in enumerate(SCHEDULES)),
     ],
     8: [
@@ -127,7 +144,7 @@ def _fails(rank: int, overrides: tuple[str, ...]) -> str:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (tp(4, *LOW), ["layers.0.attention.qkv.weight", "exceeds the key/value heads", "gradients.payload fp8_lm"]),
+        (tp(4, *LOW), ["layers.{0-7}.attention.qkv.weight", "exceeds the key/value heads", "gradients.payload fp8_lm"]),
         (tp(4, zero(3)), ["exceeds the key/value heads", "zero.stage 3"]),
         (tp(4, "model.dtype=bf16", "optimizer.exp_avg=bf16", "model.hidden_size=64"), ["so few that", "mlp.gate_up"]),
         (tp(4, "optimizer.exp_avg_sq=linear4_rank1", "model.hidden_size=256"), ["whole rows and columns"]),

@@ -15,6 +15,7 @@ from model.config import ModelConfig
 from model.init import initialize
 from model.linear import linear
 from model.loss import CrossEntropy
+from model.mamba import MambaConfig
 from model.transformer import Transformer
 
 CONFIG = ModelConfig(
@@ -25,6 +26,12 @@ VARIANTS = {
     "qk_norm": {"qk_norm": True},
     "gpt": {"activation": "gelu", "norm": "layernorm", "bias": True, "position": "none", "num_kv_heads": None},
     "relu2_tied": {"activation": "relu2", "tied_embeddings": True, "head_dim": 16},
+    "hybrid": {
+        "pattern": "M-M*M",
+        "num_layers": 5,
+        "mamba": MambaConfig(state=8, groups=2, head_dim=8, chunk=5),
+        "position": "none",
+    },
 }
 
 
@@ -81,7 +88,7 @@ def test_every_parameter_gets_a_gradient_and_future_tokens_do_not_matter(variant
     assert not torch.allclose(logits[:, 7:], other[:, 7:])
 
 
-@pytest.mark.parametrize("variant", ["llama", "gpt"])
+@pytest.mark.parametrize("variant", ["llama", "gpt", "hybrid"])
 def test_documents_are_independent(variant):
     model, tokens = build(**VARIANTS[variant]), some_tokens()
     ids = torch.tensor([[4] * 5 + [5] * 7, [0] * 1 + [1] * 8 + [2] * 3])
@@ -92,20 +99,24 @@ def test_documents_are_independent(variant):
         torch.testing.assert_close(packed[row], torch.cat(parts), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("variant", ["llama", "hybrid"])
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize("documents", [False, True])
-def test_recomputation_changes_no_gradient(recompute, documents):
+def test_recomputation_changes_no_gradient(variant, recompute, documents):
     tokens = some_tokens()
     inputs = {"document_ids": torch.arange(12).div(5, rounding_mode="floor").expand(2, 12)} if documents else {}
-    want, got = gradients(build(), tokens, **inputs), gradients(build(recompute=recompute), tokens, **inputs)
+    options = VARIANTS[variant]
+    want = gradients(build(**options), tokens, **inputs)
+    got = gradients(build(recompute=recompute, **options), tokens, **inputs)
     assert all(torch.equal(want[name], got[name]) for name in want)
 
 
-def test_recomputation_saves_less():
+@pytest.mark.parametrize("variant", ["llama", "hybrid"])
+def test_recomputation_saves_less(variant):
     """Bytes that autograd keeps between forward and backward, of a model whose blocks dominate."""
 
     def saved(recompute: str) -> int:
-        model, kept = build(recompute=recompute), {}
+        model, kept = build(recompute=recompute, **VARIANTS[variant]), {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             kept[tensor.untyped_storage().data_ptr()] = tensor
@@ -162,18 +173,31 @@ def test_names_and_linears():
     matrices = {n for n, p in model.named_parameters() if p.ndim == 2}
     assert matrices - linears == {"embedding.weight"} and "layers.0.mlp.up.weight" in linears
     assert not list(model.buffers())
+    hybrid = build(**VARIANTS["hybrid"], bias=True)
+    mine = {name.removeprefix("layers.2.") for name, _ in hybrid.named_parameters() if name.startswith("layers.2.")}
+    linears = {f"mamba.{name}.{kind}" for name in ("in_proj", "out_proj") for kind in ("weight", "bias")}
+    vectors = {"A_log", "D", "dt_bias", "norm.weight", "conv.weight", "conv.bias"}
+    assert mine == {"mamba_norm.weight"} | linears | {f"mamba.{name}" for name in vectors}
+    sublayers = [name for name, _ in hybrid.layers.named_children()]
+    assert sublayers == list("01234") and {n for n, _ in hybrid.layers["3"].named_children()} == {
+        "attention_norm",
+        "attention",
+    }
 
 
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_compiled_blocks_have_one_graph_and_the_same_gradients(recompute):
+@pytest.mark.parametrize(
+    ("variant", "recompute"),
+    [("llama", "none"), ("llama", "selective"), ("llama", "full"), ("hybrid", "none"), ("hybrid", "selective")],
+)
+def test_compiled_blocks_have_one_graph_and_the_same_gradients(variant, recompute):
     torch._dynamo.reset()
     tokens, ids = some_tokens(), torch.arange(12).div(5, rounding_mode="floor").expand(2, 12)
     for inputs in ({}, {"document_ids": ids}):
-        model = build(recompute=recompute, z_loss=1e-3)
+        model = build(recompute=recompute, z_loss=1e-3, **VARIANTS[variant])
         for block in model.layers.values():
             block.compile(fullgraph=True)
         model.cross_entropy.compile(fullgraph=True)
-        want = gradients(build(z_loss=1e-3), tokens, **inputs)
+        want = gradients(build(z_loss=1e-3, **VARIANTS[variant]), tokens, **inputs)
         for name, grad in gradients(model, tokens, **inputs).items():
             torch.testing.assert_close(grad, want[name], atol=1e-5, rtol=1e-4)
 

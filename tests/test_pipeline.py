@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from random import Random
+
 import pytest
 
 from parallel.bubble import Times, bubble, simulate
@@ -44,9 +47,35 @@ def test_every_stage_has_one_rank(schedule, pp):
     ],
 )
 def test_balance(blocks, stages, ends, want):
-    counts = balance(blocks, stages, ends)
+    counts = balance([1] * blocks, stages, ends)
     assert counts == want
     assert [i for stage in range(stages) for i in stage_range(stage, counts)] == list(range(blocks))
+
+
+def test_uneven_blocks_are_split_as_well_as_any_split_could():
+    """Against all splits; uniform blocks against the rule that gives each next block to the fastest stage."""
+    random = Random(0)
+    for _ in range(200):
+        blocks, stages = random.randint(4, 9), random.randint(1, 4)
+        costs = [random.choice((1, 3, 4)) for _ in range(blocks)]
+        ends = (random.randint(0, 2), random.randint(0, 9))
+
+        def loads(counts: tuple[int, ...], costs=costs, ends=ends) -> list[int]:
+            found = [sum(costs[i] for i in stage_range(stage, counts)) for stage in range(len(counts))]
+            found[0] += ends[0]
+            found[-1] += ends[1]
+            return sorted(found, reverse=True)
+
+        borders = itertools.combinations(range(1, blocks), stages - 1)
+        every = [tuple(b - a for a, b in itertools.pairwise((0, *cuts, blocks))) for cuts in borders]
+        assert loads(balance(costs, stages, ends)) == min(map(loads, every))
+
+        counts, extra = [1] * stages, [0] * stages
+        extra[0] += ends[0]
+        extra[-1] += ends[1]
+        for _ in range(blocks - stages):
+            counts[min(range(stages), key=lambda s: (counts[s] + extra[s], s))] += 1  # noqa: B023
+        assert balance([1] * blocks, stages, ends) == tuple(counts)
 
 
 @pytest.mark.parametrize(("pp", "batches"), [(2, 4), (4, 8), (4, 16)])

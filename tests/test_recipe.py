@@ -65,7 +65,8 @@ def test_duplicate_and_non_string_keys_are_errors(text):
 
 def test_every_shipped_recipe_loads_and_has_a_line():
     for name, description in recipes.names():
-        assert recipes.load(name, world_size=2).name == name
+        world_size = recipes.resolve(name).parallel.ranks or 2
+        assert recipes.load(name, world_size=world_size).name == name
         assert description and "\n" not in description
 
 
@@ -123,6 +124,11 @@ def test_overrides_win(write, spelling):
         ("parallel.stages_per_rank=2", ["parallel.stages_per_rank is 2", "parallel.pp 1"]),
         ("data.validation=0.9", ["data.validation"]),
         ("schedule.warmup=100", ["schedule.warmup (100 steps)", "train.steps (4)"]),
+        ("data.phases=[{start: 3, train: a}, {start: 2, train: b}]", ["data.phases begin at steps [3, 2]"]),
+        ("data.phases=[{start: 4, train: a}]", ["data.phases begin at steps [4]", "before train.steps (4)"]),
+        ("data.phases=[{tokens: 0, train: a}]", ["data.phases begin at steps [0]", "the first after 0"]),
+        ("data.phases=[{start: 2, train: a, stop: 3}]", ["unknown key data.phases[0].stop"]),
+        ("parallel.ranks=0", ["parallel.ranks is 0"]),
         ("checkpoint.keep=0", ["checkpoint.keep is 0"]),
         ("eval.bigram=true", ["eval.bigram is true", "eval.interval"]),
     ],
@@ -166,6 +172,7 @@ def test_any_override_is_accepted_or_refused_with_a_message(key, value):
     ("ranks", "overrides", "words"),
     [
         (2, "parallel.tp=2 model.ffn_size=63", ["model.ffn_size 63", "parallel.tp 2"]),
+        (2, "parallel.tp=2 model.pattern=M model.mamba.groups=1", ["model.mamba.groups 1", "parallel.tp 2"]),
         (2, "parallel.tp=2 model.vocab_size=65", ["model.vocab_size 65", "parallel.tp 2"]),
         (2, "parallel.tp=2 parallel.sp=true train.seq_len=15", ["train.seq_len 15", "parallel.tp 2"]),
         (4, "parallel.tp=4 model.num_heads=12 model.num_kv_heads=3 model.head_dim=4", ["num_kv_heads 3", "tp 4"]),

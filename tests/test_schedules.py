@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipe import ScheduleConfig
 from run.schedules import lr_factor
+from sections import ScheduleConfig
 
 
 def _curve(steps: int = 100, **keys) -> list[float]:

@@ -101,8 +101,8 @@ def test_sizes_that_would_need_padding_are_refused(blackwell, policy, multiple):
     with pytest.raises(UsageError) as error:
         choose(situation(policy, (multiple + half, 5 * half), 65 * half, backend="te"))
     text = str(error.value)
-    assert f"layers.{{0-1}}.mlp.up: {multiple + half} out features a rank, no multiple of {multiple}" in text
-    assert f"layers.{{0-1}}.mlp.up: {5 * half} in features a rank, no multiple of {multiple}" in text
+    assert f"layers.{{0-1}}.mlp.up: {multiple + half} out features on a rank, no multiple of {multiple}" in text
+    assert f"layers.{{0-1}}.mlp.up: {5 * half} in features on a rank, no multiple of {multiple}" in text
     assert f"a micro-batch has {65 * half} tokens, no multiple of" in text
     assert "lm_head" not in text  # in BF16
 

@@ -102,7 +102,7 @@ def _refused(rank: int, overrides: tuple[str, ...]) -> None:
     ("overrides", "words"),
     [
         (("train.seq_len=20",), "a micro-batch has 40 tokens, no multiple of 32"),
-        (("model.ffn_size=80",), "mlp.gate_up: 160|mlp.down: 80 in features a rank, no multiple of 32"),
+        (("model.ffn_size=80",), "mlp.gate_up: 160|mlp.down: 80 in features on a rank, no multiple of 32"),
         (("zero.stage=3",), "zero.stage is 3, which frees weights"),
         (("precision.wgrad_output=fp32",), "precision.wgrad_output is fp32"),
     ],

@@ -1,0 +1,115 @@
+"""Sections of a recipe that configure the run as a whole: where it writes, how long, at which rate, what it validates.
+
+The other sections' dataclasses live beside the code that they configure; recipe.py puts all of them together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """dir: the run's directory (`{name}` is the recipe's name); metrics, log and checkpoints are written there."""
+
+    dir: str = "runs/{name}"
+
+    def problems(self) -> list[str]:
+        return [] if self.dir else ["dir is empty; name a directory"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, batch and seed of the run.
+
+    steps:        optimizer steps of the whole run
+    stop_at:      stop after this step as if preempted: save, then exit with 75
+    global_batch: sequences a step, over all ranks and micro-batches
+    micro_batch:  sequences a forward on one rank
+    seq_len:      tokens a sequence
+    seed:         of the initial weights and of the data order
+    z_loss:       weight of the mean squared log-partition function (PaLM, arXiv 2204.02311, uses 1e-4; 0: off)
+    compile:      torch.compile the blocks and the loss; auto: where a C++ compiler is found and ZeRO leaves the
+                  weights whole (stages 0-2)
+    """
+
+    steps: int
+    stop_at: int | None = None
+    global_batch: int
+    micro_batch: int
+    seq_len: int
+    seed: int = 0
+    z_loss: float = 0.0
+    compile: bool | Literal["auto"] = "auto"
+
+    def problems(self) -> list[str]:
+        sizes = ("steps", "global_batch", "micro_batch", "seq_len")
+        found = [f"{key} is {getattr(self, key)}; it must be at least 1" for key in sizes if getattr(self, key) < 1]
+        if self.stop_at is not None and not 1 <= self.stop_at <= self.steps:
+            found.append(f"stop_at is {self.stop_at}; it must be between 1 and train.steps ({self.steps})")
+        if self.z_loss < 0:
+            found.append(f"z_loss is {self.z_loss}; it must not be negative")
+        if not found and self.global_batch % self.micro_batch:
+            found.append(f"global_batch {self.global_batch} is not divisible by train.micro_batch {self.micro_batch}")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate over the run, as a factor of optimizer.lr.
+
+    kind:   constant, linear or cosine (from the end of the warm-up to the last step), or wsd: warm-up, stable,
+            linear decay over the last part
+    warmup: length of the linear warm-up: steps, or a fraction of train.steps if below 1
+    decay:  wsd only: length of the decay, likewise
+    final:  factor at the last step
+    """
+
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "wsd"
+    warmup: float = 0.02
+    decay: float = 0.2
+    final: float = 0.1
+
+    def problems(self) -> list[str]:
+        found = [
+            f"{key} is {getattr(self, key)}; it must not be negative"
+            for key in ("warmup", "decay")
+            if getattr(self, key) < 0
+        ]
+        if not 0 <= self.final <= 1:
+            found.append(f"final is {self.final}; it must be in [0, 1]")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Validation during the run.
+
+    interval: steps between validations; the last step is validated too (0: never)
+    samples:  validation sequences each time (the first ones, in order; null: all)
+    bigram:   at the end, print the cross-entropy of an interpolated bigram model on the same tokens
+    """
+
+    interval: int = 0
+    samples: int | None = None
+    bigram: bool = False
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.interval < 0:
+            found.append(f"interval is {self.interval}; use a number of steps, or 0 for never")
+        if self.samples is not None and self.samples < 1:
+            found.append(f"samples is {self.samples}; it must be at least 1, or null for all")
+        if self.bigram and (not self.interval or self.samples):
+            found.append("bigram is true; it needs eval.interval above 0 and eval.samples null, all validation tokens")
+        return found
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether to validate after `step` of a run that ends with `last_step`."""
+        return self.interval > 0 and (step % self.interval == 0 or step == last_step)
+
+
+def in_steps(length: float, steps: int) -> int:
+    """A length of a schedule in steps: itself, or a fraction of the run if below 1."""
+    return round(length * steps) if length < 1 else round(length)
