@@ -62,24 +62,10 @@ COUNTS = {
 }
 # What its paper calls it. The 1.2B model is given by its exact count; FP8-LM's 7B is GPT-3's 6.7B (see the recipe), and
 # the 12B hybrid has the shape of a released model of 12.3 B.
-NOMINAL = {
-    "nvfp4_12b": 12.3e9,
-    "nvfp4_8b": 8e9,
-    "mxfp8_8b": 8e9,
-    "mxfp8_843m": 843e6,
-    "fp8lm_7b": 6.7e9,
-    "fp8lm_13b": 13e9,
-    "fp8lm_175b": 175e9,
-} | {"mxfp4_1.3b": 1.3e9}
-TOKENS = {
-    "nvfp4_12b": 1e13,
-    "nvfp4_8b": 1e12,
-    "nvfp4_1.2b": 1e12,
-    "mxfp8_8b": 15e12,
-    "mxfp8_843m": 1e12,
-    "fp8lm_7b": 1e11,
-    "fp8lm_13b": 1e11,
-} | {
+NOMINAL = {"nvfp4_12b": 12.3e9, "nvfp4_8b": 8e9, "mxfp8_8b": 8e9, "mxfp8_843m": 843e6, "fp8lm_7b": 6.7e9, "fp8lm_13b": 13e9, "fp8lm_175b": 175e9} | {
+    "mxfp4_1.3b": 1.3e9
+}
+TOKENS = {"nvfp4_12b": 1e13, "nvfp4_8b": 1e12, "nvfp4_1.2b": 1e12, "mxfp8_8b": 15e12, "mxfp8_843m": 1e12, "fp8lm_7b": 1e11, "fp8lm_13b": 1e11} | {
     "fp8lm_175b": 4e10,
     "mxfp4_1.3b": 20_000 * 1024 * 2048,
 }
@@ -147,14 +133,7 @@ def _differences(a: dict, b: dict, prefix: str = ""):
 @pytest.mark.parametrize("name", TWINS)
 def test_a_twin_differs_in_precision_alone(name, end):
     low, high = (resolved(each + end) for each in (name, TWINS[name]))
-    allowed = {
-        "precision.policy",
-        "precision.bf16_first",
-        "precision.bf16_last",
-        "gradients.payload",
-        "gradients.accumulate",
-        "zero.gather",
-    }
+    allowed = {"precision.policy", "precision.bf16_first", "precision.bf16_last", "gradients.payload", "gradients.accumulate", "zero.gather"}
     allowed |= {"optimizer.exp_avg", "optimizer.exp_avg_sq", "optimizer.master", "name", "description", "run.dir"}
     assert set(_differences(recipes.to_dict(low), recipes.to_dict(high))) <= allowed
     default = recipes.from_dict({"name": "x", "model": recipes.to_dict(low)["model"], "train": MINIMAL}, "x")
