@@ -225,10 +225,10 @@ def _verdict(gap: Interval, limit: Limit, diverged: str) -> tuple[str, str]:
 
 
 def seeds_to_decide(gap: Interval, limit: float, confidence: float) -> int | None:
-    """Seeds whose interval would clear the limit, if mean and spread stayed as they are; None for more than 100."""
+    """Seeds whose interval would clear the limit, if mean and spread stayed as they are; None for more than 30."""
     distance = abs(limit - gap.mean)
     level = (1 + confidence) / 2
-    enough = (n for n in range(2, 101) if t_quantile(level, n - 1) * gap.spread / math.sqrt(n) < distance)
+    enough = (n for n in range(2, 31) if t_quantile(level, n - 1) * gap.spread / math.sqrt(n) < distance)
     return next(enough, None)
 
 
@@ -238,7 +238,7 @@ def _notes(pairs: Sequence[Pair], steps: np.ndarray, gap: Interval, settings: Se
         notes.append("one pair: the interval covers the noise of its steps, not what another seed would give")
     elif verdict == "undecided":
         wanted = seeds_to_decide(gap, settings.limit.percent, settings.confidence)
-        notes.append(f"about {wanted or 'more than 100'} seeds with this mean and spread would decide")
+        notes.append(f"about {wanted or 'more than 30'} seeds with this mean and spread would decide")
     for curve in (curve for p in pairs for curve in (p.baseline, p.candidate)):
         if curve.step[-1] > steps[-1]:
             notes.append(f"{curve.source} goes on to step {curve.step[-1]}; compared up to step {steps[-1]}")

@@ -41,7 +41,7 @@ class Interval:
 
 
 def interval(series: Sequence[np.ndarray], confidence: float) -> Interval:
-    """Interval of the mean of `series`, an array (steps,) a seed; NaN entries are left out. confidence: 0.95 for 95 %."""
+    """Interval of the mean of `series`, an array (steps,) a seed; NaN entries left out. confidence: 0.95 for 95 %."""
     kept = [values[np.isfinite(values)] for values in series]
     means = np.array([values.mean() for values in kept])
     blocks = [block_length(values) for values in kept]
@@ -100,7 +100,7 @@ def t_quantile(probability: float, df: int) -> float:
     low, high = 0.0, 1.0
     while t_cdf(high, df) < probability:
         high *= 2
-    for _ in range(80):
+    for _ in range(50):
         middle = (low + high) / 2
         low, high = (middle, high) if t_cdf(middle, df) < probability else (low, middle)
     return high

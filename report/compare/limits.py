@@ -1,7 +1,7 @@
 """How large a gap may be: what was published for a precision policy, else an explicit default.
 
     policy   limit               source
-    mxfp8    0.5 % perplexity    arXiv 2506.08027: validation perplexity within 0.5 % of BF16 throughout (8 B, 15 T tokens)
+    mxfp8    0.5 % perplexity    arXiv 2506.08027: validation perplexity within 0.5 % of BF16 throughout (8 B, 15 T)
     nvfp4    1.5 % of the loss   arXiv 2509.25149: below 1 % in the stable phase, about 1.5 % at the end of the decay
                                  (12 B, 10 T tokens); about 1.5 % (8 B, 1 T)
     mxfp4    2.5 % of the loss   arXiv 2509.25149: 8 B, 1 T tokens

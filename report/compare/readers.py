@@ -78,7 +78,7 @@ def _detect(path: Path, text: str) -> tuple[str, Callable[[Path, str, str | None
         return "Megatron-LM log", _megatron
     if TITAN.search(text):
         return "torchtitan log", _titan
-    if _match(_cells(head), "step") is not None:
+    if any(cell.lower() in NAMES["step"] for cell in _cells(head)):
         return "CSV", _csv
     what = f"its first line is {head[:80]!r}" if head else "it is empty"
     raise UsageError(
@@ -92,12 +92,12 @@ def _number(value: object, where: str) -> float:
     try:
         return float("nan") if value is None else float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        raise UsageError(f"{where}: {str(value)[:40]!r} is not a number") from None
+        raise UsageError(f"{where}: {str(value).strip()[:40]!r} is not a number") from None
 
 
 def _step(value: object, where: str) -> int:
     number = _number(value, where)
-    if number != number or number < 0 or number != int(number):
+    if not 0 <= number < 2**53 or number != int(number):
         raise UsageError(f"{where}: {str(value)[:40]!r} is not a step")
     return int(number)
 
@@ -164,13 +164,13 @@ def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in next(csv.reader([line], delimiter=delimiter), [])]
 
 
-def _match(header: Iterable[str], name: str, loss: str | None = None) -> str | None:
+def _match(path: Path, header: Iterable[str], name: str, loss: str | None = None) -> str | None:
     """The header's cell for a column; a W&B export writes "run - name". Raises UsageError when there are several."""
     header = list(header)
     for wanted in (loss,) if name == "loss" and loss else NAMES[name]:
         found = [h for h in header if wanted in (h, h.lower(), h.rpartition(" - ")[2])]
         if len(found) > 1:
-            raise UsageError(f"columns {', '.join(map(repr, found))} could all be the {name}; name one with --loss")
+            raise UsageError(f"{path}: {', '.join(map(repr, found))} could all be the {name}; keep one")
         if found:
             return found[0]
     return None
@@ -181,7 +181,7 @@ def _csv(path: Path, text: str, loss: str | None) -> Found:
     validation: dict[int, float] = {}
     lines = text.lstrip().splitlines()
     header = _cells(lines[0])
-    places = {name: header.index(cell) for name in NAMES if (cell := _match(header, name, loss)) is not None}
+    places = {name: header.index(cell) for name in NAMES if (cell := _match(path, header, name, loss)) is not None}
     if not places.keys() & {"loss", "validation"}:
         wanted = loss or ", ".join(NAMES["loss"])
         raise UsageError(f"{path} has no column {wanted}; it has {', '.join(header)}; name the loss with --loss")
@@ -212,11 +212,11 @@ def _tensorboard(path: Path, loss: str | None) -> Found:
     tags = events.Tags()["scalars"]
     rows: Rows = {}
     validation: dict[int, float] = {}
-    if _match(tags, "loss", loss) is None:
+    if _match(path, tags, "loss", loss) is None:
         have = ", ".join(tags[:12]) or "no scalar at all"
         raise UsageError(f"{path} has no scalar {loss or ', '.join(NAMES['loss'])}; it has {have}; name it with --loss")
     for name in (*COLUMNS, "validation"):
-        tag = _match(tags, name, loss)
+        tag = _match(path, tags, name, loss)
         for event in events.Scalars(tag) if tag else ():
             if name == "validation":
                 validation[event.step] = event.value
