@@ -74,6 +74,14 @@ def test_phases_from_options(tmp_path: Path) -> None:
     assert [(p["first"], p["last"]) for p in phases] == [(1, 100), (101, 250), (251, 500)]
 
 
+def test_a_schedule_that_is_none_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = three(tmp_path, (0.0, 0.0, 0.0))
+    recipe = Path(words[0]) / "resolved.yaml"
+    recipe.write_text(recipe.read_text().replace("warmup: 0.05", "warmup: soon"))
+    assert main(words) == 2
+    assert "schedule.warmup is 'soon'" in capsys.readouterr().err
+
+
 def test_one_pair_says_what_it_cannot_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     losses = baselines()[0]
     words = [run(tmp_path / "base", losses), "--candidate", run(tmp_path / "cand", losses * 1.003), "--limit", "1"]

@@ -181,6 +181,10 @@ def _phase(part: tuple[str, int, int], steps: np.ndarray, gaps: np.ndarray, rati
 def _phases(curve: Curve, steps: np.ndarray, settings: Settings) -> list[tuple[str, int, int]]:
     """(name, begin, end) into `steps`: warm-up, stable, decay, those that have a step."""
     schedule, train = curve.recipe.get("schedule", {}), curve.recipe.get("train", {})
+    found = {"train.steps": train.get("steps", 1), **{f"schedule.{k}": schedule.get(k, 0) for k in ("warmup", "decay")}}
+    for key, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**53:
+            raise NotComparable(f"not comparable: {key} is {value!r} in the resolved.yaml of {curve.source}")
     total = int(train.get("steps", steps[-1]))
     kind = schedule.get("kind", "wsd")
     decay = {"constant": 0.0, "wsd": schedule.get("decay", 0.2)}.get(

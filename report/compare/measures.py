@@ -49,7 +49,8 @@ class Events:
 
 def gap_percent(candidate: np.ndarray, baseline: np.ndarray, unit: str) -> np.ndarray:
     """Gap of losses in nats (any shape), in percent of the baseline's loss or perplexity."""
-    return 100 * (np.expm1(candidate - baseline) if unit == "perplexity" else candidate / baseline - 1)
+    with np.errstate(all="ignore"):  # what is not finite is left out, and counted
+        return 100 * (np.expm1(candidate - baseline) if unit == "perplexity" else candidate / baseline - 1)
 
 
 def mean_of(values: np.ndarray) -> np.ndarray:

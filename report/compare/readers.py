@@ -51,9 +51,12 @@ def read_curve(path: Path, loss: str | None = None) -> Curve:
             return _read_folder(path, loss)
         if "tfevents" in path.name:
             return make_curve(path, "TensorBoard", *_tensorboard(path, loss))
-        raw = path.read_bytes()
+        return _read_text(path, path.read_bytes(), loss)
     except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror or error}") from None
+        raise UsageError(f"cannot read {error.filename or path}: {error.strerror or error}") from None
+
+
+def _read_text(path: Path, raw: bytes, loss: str | None) -> Curve:
     if b"\0" in raw[:4096]:
         raise UsageError(f"{path} is a binary file; give a log, metrics.jsonl, CSV or TensorBoard events (*tfevents*)")
     text = COLOUR.sub("", raw.decode("utf-8-sig", errors="replace"))
