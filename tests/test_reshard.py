@@ -135,6 +135,7 @@ def test_packed_states_move_between_layouts(tmp_path):
 
 
 @pytest.mark.xdist_group("reshard")
+@pytest.mark.slow
 def test_hybrids_move_between_layouts(tmp_path):
     check(tmp_path, [("one", "tp2-pp2"), ("tp2-pp2", "dp2")], HYBRID)
 
