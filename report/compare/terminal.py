@@ -92,6 +92,8 @@ def tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]
 def how(comparison: Comparison) -> str:
     """How the interval was made, in one sentence."""
     gap = comparison.final.gap
+    if not gap.block:
+        return "No interval: too few of the final steps have a finite loss on both sides."
     over = f"{gap.seeds} seeds (spread {gap.spread:.2f} %)" if gap.seeds > 1 else "one pair"
     steps = f"final steps {comparison.final.first} to {comparison.final.last}"
     return f"Interval over {over} and steps in blocks of {gap.block}; {steps}."
