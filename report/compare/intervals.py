@@ -2,7 +2,7 @@
 
 Differences of neighbouring steps are alike (a run that fell behind stays behind for a while), so steps are taken in
 blocks. Length of a block: the rule of Politis & White (2004) for the circular block bootstrap, corrected by Patton,
-Politis & White (2009, doi 10.1080/07474930802459016), from the autocorrelations of the series itself.
+Politis & White (2009, Econometric Reviews), from the autocorrelations of the series itself.
 
 The bootstrap of a mean needs no random draws. For a series of N steps and blocks of L, with k = N / L:
 
@@ -15,7 +15,7 @@ added; the larger one counts, and an interval is never smaller than its steps al
     interval = mean -+ t(df) SE,                        df = seeds - 1, or k - 1 for one seed
 
 Student's t, because a bootstrap over few seeds, taken by its percentiles, is far too narrow (Hesterberg 2015,
-doi 10.1080/00031305.2015.1089789); tests/test_compare_power.py measures what remains. An interval over one seed is
+The American Statistician); tests/test_compare_power.py measures what remains. An interval over one seed is
 about that pair of runs, not about the recipe: it cannot know what another seed would give.
 """
 
