@@ -100,7 +100,7 @@ class Recipe:
                     num_heads=self.model.num_heads,
                     num_kv_heads=self.model.kv_heads,
                     ffn_size=self.model.ffn_size,
-                    mamba_groups=self.model.mamba.groups if "M" in "".join(self.model.blocks) else None,
+                    mamba_groups=self.model.mamba.groups * ("M" in self.model.blocks),
                     vocab_size=self.model.vocab_size,
                     num_layers=self.model.num_layers,
                     seq_len=train.seq_len,

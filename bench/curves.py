@@ -10,19 +10,13 @@ bench/baselines/ with a hash of everything that decides them (--keep-baseline), 
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from bench.common import parser, report
-from errors import UsageError
-from recipe import load
+from report.compare.launch import config_hash, run_all, training
 
 BASELINE = "bf16_10m"
 BASELINES = Path(__file__).parent / "baselines"
@@ -41,51 +35,22 @@ SMALL = (
 )
 
 
-def config_hash(name: str, overrides: tuple[str, ...]) -> str:
-    """12 hex digits over every key that can change a loss and is not at its default: keys to come change nothing."""
-    recipe = load(name, overrides)
-    tree = {
-        section.name: _chosen(getattr(recipe, section.name))
-        for section in dataclasses.fields(recipe)
-        if section.name not in ("name", "description", "run", "metrics", "checkpoint")
-    }
-    text = json.dumps({key: value for key, value in tree.items() if value}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _chosen(value: Any) -> Any:
-    """The fields of a section that are not at their defaults; anything else as it is."""
-    if not dataclasses.is_dataclass(value):
-        return value
-    fields = {f.name: (getattr(value, f.name), f) for f in dataclasses.fields(value)}
-    return {name: chosen for name, (chosen, f) in fields.items() if chosen != _default(f)}
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-
-
-def train(name: str, overrides: tuple[str, ...], folder: Path) -> list[dict]:
-    """The records of a finished run in `folder`, after running it if it is not there. Raises UsageError if it fails."""
-    done = folder / "exit.json"
-    if not (done.exists() and json.loads(done.read_text())["code"] == 0):
-        command = ["env", "OMP_NUM_THREADS=1", sys.executable, "train.py"]
-        command += ["--recipe", name, f"run.dir={folder}", *overrides]
-        result = subprocess.run(command, capture_output=True, text=True, cwd=BASELINES.parent.parent)
-        if result.returncode:
-            raise UsageError(f"{' '.join(command)} ended with {result.returncode}:\n{result.stderr[-2000:]}")
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def train(name: str, seed: int, overrides: tuple[str, ...], out: Path) -> list[dict]:
+    """The records of a finished run, after running it if `out` does not hold it. Raises UsageError if it fails."""
+    run = training(name, seed, overrides, out)
+    for _ in run_all([run], jobs=1):
+        pass
+    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def curve(name: str, seed: int, overrides: tuple[str, ...], out: Path) -> dict:
     """{"validation": last validation loss, "losses": training loss of each step} of one run."""
-    overrides = (*overrides, f"train.seed={seed}")
-    digest = config_hash(name, overrides)
+    digest = config_hash(name, (*overrides, f"train.seed={seed}"))
     kept = BASELINES / f"{name}_{digest}_seed{seed}.jsonl"
     records = (
         [json.loads(line) for line in kept.read_text().splitlines()]
         if kept.exists()
-        else train(name, overrides, out / f"{name}_{digest}_seed{seed}")
+        else train(name, seed, overrides, out)
     )
     return {
         "file": kept,

@@ -52,6 +52,7 @@ import deepspeed  # noqa: E402
 from deepspeed.accelerator import set_accelerator  # noqa: E402
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # noqa: E402
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION  # noqa: E402
+from deepspeed.utils import groups as deepspeed_groups  # noqa: E402
 
 REQUIRES = ">=0.19.8,<0.20"
 
@@ -217,6 +218,7 @@ def build_engine(parts: Sequence[nn.Module], plan: ZeroPlan) -> Engine:
         nodes=plan.nodes,
     )
     groups = _groups(parameters.values(), plan, dp)
+    deepspeed_groups.mpu = None  # of an earlier engine in this process, which one without an mpu would take for its own
     # It also prints, once a rank, that it built its shared-memory operator.
     with applied(_PATCH_ENGINE, _optimizer_patch(ours)), contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(

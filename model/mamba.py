@@ -124,8 +124,11 @@ def scan(x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, chunk: int, run
         padding = (0, 0) * (tensor.ndim - 2) + (0, count * size - length)
         return F.pad(tensor, padding).unflatten(1, (count, size))
 
-    logs = cut(dt * a).permute(0, 1, 3, 4, 2)  # [B, C, G, R, Q]: of each token's decay
-    x = cut(x * dt[..., None]).permute(0, 1, 3, 4, 5, 2)  # [B, C, G, R, P, Q]
+    dt = cut(dt).permute(0, 1, 3, 4, 2).contiguous()  # [B, C, G, R, Q]
+    logs = dt * a[..., None]  # of each token's decay
+    # Multiplied with tokens last: the gradient of dt, summed over P with R last, would be written past its end by what
+    # torch.compile makes for CPUs (github.com/pytorch/pytorch/issues/196681).
+    x = cut(x).permute(0, 1, 3, 4, 5, 2).contiguous() * dt[..., None, :]  # [B, C, G, R, P, Q]
     b, c = cut(b).transpose(2, 3), cut(c).transpose(2, 3)  # [B, C, G, Q, N]
     seen = x.new_ones(size, size, dtype=torch.bool).tril()
     if runs is not None:

@@ -28,13 +28,13 @@ SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipev")  # weight gradi
 class Sizes:
     """What a layout must divide: of the model, of the batch (micro-batches a step of one data-parallel rank), ZeRO.
 
-    mamba_groups: None without Mamba blocks
+    mamba_groups: 0 without Mamba blocks
     """
 
     num_heads: int
     num_kv_heads: int
     ffn_size: int
-    mamba_groups: int | None
+    mamba_groups: int
     vocab_size: int
     num_layers: int
     seq_len: int
@@ -126,7 +126,7 @@ class ParallelConfig:
         split = {
             "model.num_heads": sizes.num_heads,
             "model.ffn_size": sizes.ffn_size,
-            "model.mamba.groups": sizes.mamba_groups or 0,
+            "model.mamba.groups": sizes.mamba_groups,
             "model.vocab_size": sizes.vocab_size,
             "train.seq_len": sizes.seq_len if self.sp else 0,
         }

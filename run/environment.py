@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from errors import UsageError
+from run.meeting import fresh_store
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ def join(device: torch.device, launch: Launch, timeout_s: int) -> None:
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        found, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        store = fresh_store(found, rank, world_size, timeout_s)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise UsageError(
             f"rank {launch.rank} cannot join the process group: {str(error).splitlines()[0]}; "

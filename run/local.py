@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from lowprec.fragments import Fragment, Shard, matrix_shape
 from lowprec.linear import Place
 from lowprec.payload import Payload, parse_payload
 from lowprec.zero import Layout, ZeroPlan, build_engine
+from model.block import Block
 from model.init import initial_range
 from model.transformer import Transformer
 from model.weights import load_initial_weights, logical_shape, parameter_shapes
@@ -312,12 +314,13 @@ def should_compile(recipe: Recipe, device: torch.device) -> bool:
 
 def compile_parts(parts: Sequence[Transformer]) -> None:
     """Compile one code for all blocks of a kind, and the loss. Names and parameters stay as they are."""
-    forwards: dict[str, Callable[..., Tensor]] = {}
-    for block in (block for part in parts for block in part.layers.values()):
-        kind = block.sublayers
-        if kind not in forwards:  # isolated: kinds share neither guards nor the limit of recompilations
-            forwards[kind] = torch.compile(type(block).forward, dynamic=False, isolate_recompiles=True)
-        block.forward = functools.partial(forwards[kind], block)
+    blocks: list[Any] = [block for part in parts for block in part.layers.values()]
+    forwards = {  # isolated: kinds share neither guards nor the limit of recompilations
+        block.sublayers: torch.compile(Block.forward, dynamic=False, isolate_recompiles=True)  # pyright: ignore[reportCallIssue]
+        for block in blocks
+    }
+    for block in blocks:
+        block.forward = functools.partial(forwards[block.sublayers], block)
     for part in parts:
         if part.last:
             part.cross_entropy.compile(dynamic=False)

@@ -135,6 +135,12 @@ def test_copies_stay_equal_in_low_precision():
         assert all(outcome.losses[-1] < 10 for outcome in outcomes)
 
 
+def test_an_engine_sees_nothing_of_an_earlier_one_of_another_layout():
+    plain = (zero(1), "train.global_batch=8")
+    for first, _, second in run_ranks(train_cases, 2, [plain, tp(2, "train.global_batch=8"), plain], 2):
+        assert first == second
+
+
 def _fails(rank: int, overrides: tuple[str, ...]) -> str:
     with pytest.raises(UsageError) as error:
         Case(overrides)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 from typing import Any
@@ -15,6 +16,7 @@ from model.config import ModelConfig
 from model.init import initial_range, initial_std, initialize
 from model.mamba import Mamba, MambaConfig, run_numbers, scan
 from model.transformer import Transformer
+from run.local import compile_parts
 from tests.layout_case import Case
 from tests.spawn import run_ranks
 
@@ -204,6 +206,26 @@ def test_made_on_meta_it_is_complete():
     loss = model(tokens, tokens).loss
     loss.backward()
     assert loss.isfinite() and all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_one_code_for_each_kind_of_block(monkeypatch):
+    """Three kinds in eight blocks: three graphs, each within a limit of one compilation of its own."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    model = Transformer(replace(CONFIG, pattern="M-M*M-*M", num_layers=8))
+    initialize(model, 0)
+    tokens = torch.arange(12)[None]
+    want = model(tokens)
+    compile_parts([model])
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        torch.testing.assert_close(model(tokens), want)
+    assert len(graphs) == 3
 
 
 NVFP4 = (

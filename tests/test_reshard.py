@@ -37,6 +37,14 @@ LEAN = (
     "optimizer.update=stochastic",
 )
 MASTERS = (*MODEL, "precision.policy=mxfp8")
+HYBRID = (
+    *MODEL,
+    "model.pattern=M-M*",
+    "model.mamba.state=20",
+    "model.mamba.groups=2",
+    "model.mamba.head_dim=8",
+    "precision.policy=nvfp4",
+)
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one": (1, ("zero.stage=0",)),
     "dp2": (2, ("zero.stage=1",)),
@@ -126,9 +134,15 @@ def test_packed_states_move_between_layouts(tmp_path):
     check(tmp_path, QUICK, LEAN)
 
 
+@pytest.mark.xdist_group("reshard")
 @pytest.mark.slow
-@pytest.mark.parametrize("model", [LEAN, MASTERS], ids=["lean", "masters"])
+def test_hybrids_move_between_layouts(tmp_path):
+    check(tmp_path, [("one", "tp2-pp2"), ("tp2-pp2", "dp2")], HYBRID)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [LEAN, MASTERS, HYBRID], ids=["lean", "masters", "hybrid"])
 def test_every_layout_resumes_on_itself_and_two_others(tmp_path, model):
-    names = [name for name in LAYOUTS if model is MASTERS or name not in STAGE_3]
+    names = [name for name in LAYOUTS if model is not LEAN or name not in STAGE_3]
     pairs = [(name, names[(i + ahead) % len(names)]) for i, name in enumerate(names) for ahead in (0, 1, 4)]
     check(tmp_path, pairs, model)

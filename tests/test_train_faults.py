@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -20,8 +21,11 @@ from tests.launch import ROOT, command, environment, steps, tiny, train
 
 def _workers(agent: subprocess.Popen) -> list[int]:
     """The processes that train, not torchrun's own."""
-    children = psutil.Process(agent.pid).children(recursive=True)
-    return [child.pid for child in children if any(word.endswith("train.py") for word in child.cmdline())]
+    found = []
+    for child in psutil.Process(agent.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # ended meanwhile, perhaps not yet waited for
+            found += [child.pid] * any(word.endswith("train.py") for word in child.cmdline())
+    return found
 
 
 def _kill_one_at_a_time(agent: subprocess.Popen, run: Path, kills: int, seed: int) -> int:
