@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,37 @@ from errors import UsageError
 from lowprec.linear import LowPrecisionLinear, Place, Shared, place_problems
 from lowprec.philox import StepContext
 from lowprec.policy import GEMMS, Policy, PrecisionConfig, Slots, describe, table_to_dict, together
+
+
+class Swap(Protocol):
+    """As `own_layers`: other layers may take the linears' places; what it returns says of each what it multiplies."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        tables: Sequence[Mapping[str, Slots]],
+        shared: Shared,
+        places: Mapping[str, Place],
+        /,
+    ) -> dict[str, LowPrecisionLinear]: ...
+
+
+def own_layers(
+    model: nn.Module,
+    names: Sequence[str],
+    tables: Sequence[Mapping[str, Slots]],
+    shared: Shared,
+    places: Mapping[str, Place],
+) -> dict[str, LowPrecisionLinear]:
+    """Put our linears in the place of the linears `names` of `model`. tables: slots of each phase; the first now."""
+    layers = {}
+    for name in names:
+        linear: Any = model.get_submodule(name)
+        layers[name] = LowPrecisionLinear(linear, name, tables[0][name], shared, places.get(name))
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layers[name])
+    return layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +65,7 @@ class RunFacts:
     swap_all:        swap linears that are never quantized, too (to compare like with like)
     linears:         names of all linears of the whole model; None: those of the parts at hand
     places:          linear name -> which part of it this rank has (tensor parallelism)
-    layer:           what linears are swapped for (lowprec/backend.py)
+    swap:            puts other layers in the place of linears
     """
 
     seed: int
@@ -44,7 +76,7 @@ class RunFacts:
     swap_all: bool = False
     linears: Sequence[str] | None = None
     places: Mapping[str, Place] = field(default_factory=dict)
-    layer: type = LowPrecisionLinear
+    swap: Swap = own_layers
 
 
 class Precision:
@@ -55,10 +87,7 @@ class Precision:
 
     def __init__(self, parts: Sequence[nn.Module], policy: Policy, config: PrecisionConfig, facts: RunFacts) -> None:
         linears = {
-            name: (part, module)
-            for part in parts
-            for name, module in part.named_modules()
-            if isinstance(module, nn.Linear)
+            name: part for part in parts for name, module in part.named_modules() if isinstance(module, nn.Linear)
         }
         # Rules are resolved against the whole model, whatever part of it is here.
         names = list(linears if facts.linears is None else facts.linears)
@@ -74,11 +103,11 @@ class Precision:
         # A linear that is quantized in any phase is swapped; the others stay what they are.
         swap_all = facts.swap_all or self.shared.wgrad_dtype == torch.float32
         wanted = {name for _, table in self.tables for name, slots in table.items() if slots.quantized or swap_all}
-        self.layers = {
-            name: _swap(*linears[name], facts.layer, name, self._table[name], self.shared, facts.places.get(name))
-            for name in names
-            if name in wanted and name in linears
-        }
+        tables = [table for _, table in self.tables]
+        self.layers: dict[str, LowPrecisionLinear] = {}
+        for part in parts:
+            mine = [name for name in names if name in wanted and name in linears and linears[name] is part]
+            self.layers |= facts.swap(part, mine, tables, self.shared, facts.places)
         self._here = list(linears)
         problems = [(name, problem) for name, layer in self.layers.items() for problem in _shape_problems(layer)]
         for name, place in facts.places.items():  # of other stages, too: all ranks say the same
@@ -188,15 +217,6 @@ def phases(
             )
         tables.append((begin, policy.at(table, phase)))
     return tables
-
-
-def _swap(
-    part: nn.Module, linear: nn.Linear, kind: type, name: str, slots: Slots, shared: Shared, place: Place | None
-) -> LowPrecisionLinear:
-    layer = kind(linear, name, slots, shared, place)
-    parent, _, child = name.rpartition(".")
-    setattr(part.get_submodule(parent), child, layer)
-    return layer
 
 
 def _shape_problems(layer: LowPrecisionLinear) -> list[str]:

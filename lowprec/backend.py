@@ -22,7 +22,8 @@ from types import ModuleType
 from packaging.specifiers import SpecifierSet
 
 from errors import UsageError
-from lowprec.linear import LowPrecisionLinear, specs_of
+from lowprec.apply import Swap, own_layers
+from lowprec.joints import Joint
 from lowprec.native import native
 from lowprec.policy import PrecisionConfig, Slots, together
 
@@ -63,10 +64,14 @@ class Situation:
 
 @dataclass(frozen=True)
 class Backend:
-    """layer: the class that linears are swapped for; news: the decision in words, for the log."""
+    """te: whether layers are Transformer Engine's; news: the decision in words, for the log."""
 
-    layer: type
+    te: bool
     news: str
+
+    def swap(self, joints: Sequence[Joint], sp: bool) -> Swap:
+        """What puts its layers into a model with these `joints`. sp: sequence parallelism."""
+        return importlib.import_module("lowprec.te_layers").Swap(joints, sp) if self.te else own_layers
 
 
 def choose(situation: Situation) -> Backend | None:
@@ -80,18 +85,17 @@ def choose(situation: Situation) -> Backend | None:
             )
         return None
     if wanted == "emulate":
-        return Backend(LowPrecisionLinear, "precision.backend emulate: our linears")
+        return Backend(False, "precision.backend emulate: our linears")
     if wanted == "auto" and situation.device not in DEVICES:  # nothing slow is imported in vain
-        return Backend(LowPrecisionLinear, f"precision.backend auto: our linears, emulated: {_device(situation)}")
+        return Backend(False, f"precision.backend auto: our linears, emulated: {_device(situation)}")
     reasons = not_supported_reasons(situation)
     if not reasons:
         recipes = sorted({str(native(slots) or "CustomRecipe") for slots in situation.schemes()})
-        layer = importlib.import_module("lowprec.te").TeLinear
-        return Backend(layer, f"precision.backend {wanted}: Transformer Engine, {', '.join(recipes)}")
+        return Backend(True, f"precision.backend {wanted}: Transformer Engine, {', '.join(recipes)}")
     if wanted == "te":
         raise UsageError("\n".join(["precision.backend te cannot run here:", *(f"  {line}" for line in reasons)]))
     return Backend(
-        LowPrecisionLinear,
+        False,
         "\n".join(["precision.backend auto: our linears, emulated, because", *(f"  {line}" for line in reasons)]),
     )
 
@@ -111,16 +115,12 @@ def not_supported_reasons(situation: Situation) -> list[str]:
 def reasons_of_the_recipe(situation: Situation) -> list[str]:
     """Those that no machine would change."""
     found, config, misfits = list(situation.refused), situation.config, []
-    if config.wgrad_output == "fp32":
-        found.append("precision.wgrad_output is fp32; its layers hand weight gradients to autograd in BF16: use bf16")
     if not config.pack_saved:
         found.append("precision.pack_saved is false; its layers decide themselves what they keep: use true")
     for slots, names in situation.schemes().items():
         own = native(slots)
         if own is None and config.backend == "auto":
             found.append(f"scheme {slots.scheme} is none of its own recipes; it would be emulated there, too")
-        if any(spec is not None and spec.amax_history for spec in specs_of(slots).values()):
-            found.append(f"scheme {slots.scheme} has delayed scaling; its histories would be in no checkpoint of ours")
         multiple = own.multiple if own else CUSTOM_MULTIPLE
         misfits += _misfits(slots, names, multiple, situation)
         rotated = (spec.hadamard for spec in (slots.wgrad.a,) if spec is not None and spec.hadamard)

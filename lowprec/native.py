@@ -21,6 +21,8 @@ from itertools import product
 from lowprec.formats import QuantSpec, resolve_spec
 from lowprec.policy import Gemm, Slots
 
+DELAYED = "DelayedScaling"
+
 
 @dataclass(frozen=True)
 class Native:
@@ -40,7 +42,7 @@ class Native:
 
 # FP8 GEMMs of cuBLASLt take multiples of 16; the others are the blocks that the recipes' quantizers do not pad.
 _MULTIPLES = {
-    "DelayedScaling": 16,
+    DELAYED: 16,
     "Float8CurrentScaling": 16,
     "Float8BlockScaling": 128,
     "MXFP8BlockScaling": 32,
@@ -61,7 +63,7 @@ def _recipes(history: int) -> Iterator[tuple[Native, tuple[Gemm, Gemm, Gemm]]]:
         e4m3, other = resolve_spec("fp8_e4m3"), resolve_spec(f"fp8_{gradient}")
         if history:
             delayed = [replace(spec, amax_history=history) for spec in (e4m3, e4m3, other)]
-            yield Native("DelayedScaling", (("fp8_format", form), ("amax_history_len", history))), _same(*delayed)
+            yield Native(DELAYED, (("fp8_format", form), ("amax_history_len", history))), _same(*delayed)
         for scale in ("fp32", "pow2"):
             current = [replace(spec, scale=scale) for spec in (e4m3, e4m3, other)]
             switches = (("fp8_format", form), ("power_2_scale", scale == "pow2"))

@@ -1,47 +1,40 @@
-"""Transformer Engine's linears under our policies; the only file that imports it (lowprec/backend.py asks before).
+"""Policies as Transformer Engine's recipes; only this file and lowprec/te_layers.py import it.
 
-A policy becomes one of two kinds of recipe:
+The slots of a layer become one of three kinds of recipe:
 
 - its own (lowprec/native.py), where the six slots are what one of them multiplies: native FP8 or FP4 GEMMs;
+- for delayed scaling a `CustomRecipe` of its native quantizers over *our* amax histories: those of its `DelayedScaling`
+  are rolled at every exit of `autocast`, and lie in an `_extra_state` that no checkpoint of ours holds;
 - a `CustomRecipe` otherwise. `Factory` answers each `QuantizerRole` with two quantizers, one for each direction in
-  which a matrix is reduced, that quantize and dequantize with our kernels; Transformer Engine then runs its BF16 GEMM.
-  Nothing is faster than with our own linear; it lets any policy run inside Transformer Engine's layers, fused ones,
-  too.
+  which a matrix is reduced, that quantize and dequantize as our linear does; Transformer Engine then runs its BF16
+  GEMM. Nothing is faster than with our own linear; it lets any policy run inside Transformer Engine's layers.
 
       matrix        row (forward y, dgrad's dy)   column (wgrad, dgrad's w)
       input         fprop.a                       wgrad.b
       weight        fprop.b                       dgrad.b
       grad_output   dgrad.a                       wgrad.a
 
-Dequantized numbers are rounded to the compute dtype, BF16: exact where scales are powers of two; within 2^-9 where a
-tensor has one FP32 scale (NVFP4, FP8 with current scaling), or where a stochastically rounded MXFP4 GEMM is multiplied
-by 16/9.
+Dequantized numbers are rounded to the compute dtype, BF16: exact where scales are powers of two, within 2^-9 where a
+tensor has one FP32 scale (NVFP4, FP8 with current scaling).
 
-Transformer Engine (2.20.2) rebuilds its quantizers for a new recipe *object* only, never because one has changed: each
-phase of a schedule has its own. It pickles a CustomRecipe by reference into `_extra_state`, hence a class at module
-level. Its reference quantizers with `qgemm` (custom == True) are not used: they lose the weight gradient that is added
-to main_grad, and LayerNormMLP's backward fails with them.
+Its reference quantizers with `qgemm` are not used: they lose the weight gradient that is added to main_grad, and
+LayerNormMLP's backward fails with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformer_engine.pytorch as te
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_engine.common import recipe as recipes
 
 from errors import UsageError
-from lowprec import dispatch
-from lowprec.formats import QuantSpec
-from lowprec.linear import SLOT_AXES, Place, Shared, specs_of
-from lowprec.native import Native, native
-from lowprec.policy import Slots
+from lowprec.linear import SLOT_AXES, LowPrecisionLinear
+from lowprec.native import DELAYED, Native, native
 
 # tensor of a QuantizerRole -> the slots that its rows and its columns are quantized for
 SLOTS = {
@@ -49,8 +42,11 @@ SLOTS = {
     "weight": ("fprop.b", "dgrad.b"),
     "grad_output": ("dgrad.a", "wgrad.a"),
 }
+# 4/3 x 4/3 as two factors that keep E2M1's two significant bits within BF16's eight: too small by 2^-12.
+SIXTEEN_NINTHS = {"a": 13 / 8, "b": 35 / 32}
+FP8 = {"e4m3": te.DType.kFloat8E4M3, "e5m2": te.DType.kFloat8E5M2}
 AVAILABLE: Mapping[str, Callable[..., Any]] = {
-    "DelayedScaling": te.is_fp8_available,
+    DELAYED: te.is_fp8_available,
     "Float8CurrentScaling": te.is_fp8_available,
     "Float8BlockScaling": te.is_fp8_block_scaling_available,
     "MXFP8BlockScaling": te.is_mxfp8_available,
@@ -68,143 +64,107 @@ def why_not(recipe: str) -> str:
     return "" if able else reason
 
 
+def recipe_of(linears: Mapping[str, LowPrecisionLinear]) -> recipes.Recipe:
+    """A new recipe object for one layer. linears: name of a `QuantizerRole` -> the linear of ours that it is.
+
+    Its own only if it is that of all of them.
+    """
+    first, *others = {native(linear.slots) for linear in linears.values()}
+    if first is None or others:
+        return recipes.CustomRecipe(qfactory=Factory(linears), backward_override=None)
+    if first.recipe == DELAYED:
+        return recipes.CustomRecipe(qfactory=Histories(linears), backward_override=None)
+    return native_recipe(first)
+
+
 def native_recipe(found: Native) -> recipes.Recipe:
-    """A new recipe object."""
+    """A new recipe object, as `found` says and not as NVTE_* environment variables do: they are defaults of fields."""
     switches = dict(found.switches)
     options: dict[str, Any] = {key: value for key, value in switches.items() if key != "power_2_scale"}
     if "fp8_format" in options:
         options["fp8_format"] = recipes.Format[options["fp8_format"]]
-    recipe = getattr(recipes, found.recipe)(**options)
-    if "power_2_scale" in switches:  # class attributes, which an environment variable may have changed
+    if found.recipe == "NVFP4BlockScaling":
+        options |= {"row_scaled_activation": False, "nvfp4_4over6": "none"}
+    recipe = getattr(recipes, found.recipe)(**options, backward_override=None)
+    if "power_2_scale" in switches:  # attributes of the class
         parameters = recipes.QParams(power_2_scale=bool(switches["power_2_scale"]))
         recipe.fp8_quant_fwd_inp = recipe.fp8_quant_fwd_weight = recipe.fp8_quant_bwd_grad = parameters
     return recipe
 
 
-def custom_recipe(table: Mapping[str, Slots], shared: Shared) -> recipes.CustomRecipe:
-    """A new recipe that quantizes the linears of `table` by their names, and no others."""
-    for name, slots in table.items():
-        if delayed := [slot for slot, spec in specs_of(slots).items() if spec is not None and spec.amax_history]:
-            raise UsageError(f"{name}: {delayed[0]} has delayed scaling, which a custom recipe has no histories for")
-    return recipes.CustomRecipe(qfactory=Factory(table, shared))
-
-
-@dataclass(frozen=True)
+# Recipes are compared by what they hold and written out as keys: a factory is the same as itself alone, and short.
+@dataclass(frozen=True, eq=False, repr=False)
 class Factory:
-    """Quantizers for every `QuantizerRole` of Transformer Engine's layers.
+    """Quantizers for every `QuantizerRole` of Transformer Engine's layers: those of `linears`, by the role's name.
 
-    table:   name of a linear (of LayerNormMLP: NAME.fc1 and NAME.fc2) -> its slots
-    shared:  says where the micro-batch is, for random bits
+    A class at module level: a CustomRecipe is pickled by reference wherever somebody saves `_extra_state`.
     """
 
-    table: Mapping[str, Slots]
-    shared: Shared
+    linears: Mapping[str, LowPrecisionLinear]
 
     def __call__(self, role: te.QuantizerRole | None) -> te.Quantizer:
         """Outputs, gradients of inputs, attention and unknown linears stay high."""
-        if role is None or role.tensor_type not in SLOTS or role.name not in self.table:
+        if role is None or role.tensor_type not in SLOTS or role.name not in self.linears:
             return te.IdentityQuantizer()
-        specs = specs_of(self.table[role.name])
-        row, column = (
-            QuantizeDequantize(role.name, slot, specs[slot], self.shared) for slot in SLOTS[role.tensor_type]
+        return self.quantizer(self.linears[role.name], *SLOTS[role.tensor_type])
+
+    def quantizer(self, linear: LowPrecisionLinear, row: str, column: str) -> te.Quantizer:
+        both = GatherFirst if SLOT_AXES[row][0] == "x" else te.HybridQuantizer
+        return both(
+            rowwise_quantizer=QuantizeDequantize(linear, row), columnwise_quantizer=QuantizeDequantize(linear, column)
         )
-        return te.HybridQuantizer(rowwise_quantizer=row, columnwise_quantizer=column)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Histories(Factory):
+    """Transformer Engine's quantizers of delayed scaling over the amax histories of our linears.
+
+    Its kernels raise `amax` to that of what they quantize: the history's open slot.
+    """
+
+    def quantizer(self, linear: LowPrecisionLinear, row: str, column: str) -> te.Quantizer:
+        state = linear.delayed[SLOT_AXES[row][0]]
+        return te.Float8Quantizer(scale=state.scale, amax=state.history[:1], fp8_dtype=FP8[state.spec.element])
+
+
+class GatherFirst(te.HybridQuantizer):
+    """Of the input of a column-parallel linear, whose parts all ranks gather with sequence parallelism.
+
+    Transformer Engine would quantize a rank's part, dequantize it, gather that and quantize it again: another rounding,
+    and a second rotation. What is `custom` it gathers first.
+    """
+
+    custom = True
 
 
 class QuantizeDequantize(te.IdentityQuantizer):
-    """Rounds a matrix to the numbers that a slot's format has, and keeps its dtype.
+    """Rounds a matrix to the numbers that a slot of `linear` has, and keeps its dtype."""
 
-    Transformer Engine sets `with_amax_reduction` and `amax_reduction_group` where a matrix is one part of a sequence.
-    """
-
-    def __init__(self, name: str, slot: str, spec: QuantSpec | None, shared: Shared) -> None:
+    def __init__(self, linear: LowPrecisionLinear, slot: str) -> None:
         super().__init__()
-        self.name, self.slot, self.spec, self.shared = name, slot, spec, shared
-        self.with_amax_reduction = False
-        self.amax_reduction_group: dist.ProcessGroup | None = None
+        self.linear, self.slot = linear, slot
 
     def copy(self) -> QuantizeDequantize:
-        twin = QuantizeDequantize(self.name, self.slot, self.spec, self.shared)
+        twin = QuantizeDequantize(self.linear, self.slot)
         twin.set_usage(rowwise=self.rowwise_usage, columnwise=self.columnwise_usage)
         twin.internal, twin.optimize_for_gemm = self.internal, self.optimize_for_gemm
-        twin.with_amax_reduction, twin.amax_reduction_group = self.with_amax_reduction, self.amax_reduction_group
         return twin
 
     def _maybe_cast(self, tensor: Tensor) -> Tensor:
         """[..., features] -> the same shape and dtype. Transformer Engine's one hook between a matrix and its copy."""
-        tensor, spec = tensor.detach(), self.spec
+        linear, (kind, axis), tensor = self.linear, SLOT_AXES[self.slot], tensor.detach()
+        spec = linear.specs[self.slot]
         if spec is None:
             return tensor
-        kind, axis = SLOT_AXES[self.slot]
         matrix = tensor.reshape(-1, tensor.shape[-1])
         if spec.hadamard and matrix.shape[axis] % spec.hadamard:
             raise UsageError(
-                f"{self.name}: {self.slot} rotates groups of {spec.hadamard}, which do not divide the "
+                f"{linear.name}: {self.slot} rotates groups of {spec.hadamard}, which do not divide the "
                 f"{matrix.shape[axis]} numbers along its reduction axis; choose sizes that divide"
             )
-        key = self.shared.position.key(self.name, self.slot, tokens=kind != "w")
-        amax = None
-        if self.with_amax_reduction and spec.takes_amax:
-            amax = dispatch.amax(matrix, spec, axis, key)
-            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=self.amax_reduction_group)
-        direct = tensor.dtype == torch.bfloat16 and spec.exact_in_bf16
-        dtype = torch.bfloat16 if direct and not spec.takes_amax and not spec.three_quarters else torch.float32
-        values, scale, _ = dispatch.operand(matrix, spec, axis, key, None, dtype, amax)
-        if spec.three_quarters:  # 4/3 x 4/3 = 2 x 8/9: one operand exact, the other too large by 2^-9 throughout
-            scale = torch.tensor(2.0 if self.slot.endswith("a") else 8 / 9, device=values.device)
-        return (values if scale is None else values * scale).to(tensor.dtype).contiguous().view(tensor.shape)
-
-
-class TeLinear(te.Linear):
-    """Drop-in for an nn.Linear, as lowprec.linear.LowPrecisionLinear: same parameters under the same names.
-
-    The module belongs to one rank: under tensor parallelism its matrices are the rank's parts, and so are amaxes.
-    """
-
-    def __init__(self, linear: nn.Linear, name: str, slots: Slots, shared: Shared, place: Place | None = None) -> None:
-        bias, dtype = linear.bias is not None, linear.weight.dtype
-        super().__init__(
-            linear.in_features, linear.out_features, bias=bias, params_dtype=dtype, device="meta", name=name
-        )
-        self.weight, self.bias = linear.weight, linear.bias
-        self.logical_name, self.shared, self.place = name, shared, place
-        self.skip_bias = False  # whoever uses the output adds the bias
-        self.delayed: dict[str, Any] = {}
-        self.ran: set[str] = set()
-        self.use(slots)
-
-    def use(self, slots: Slots) -> None:
-        """Take other slots from now on: a new recipe object, without which nothing would change."""
-        self.slots, self.specs = slots, specs_of(slots)
-        found = native(slots)
-        self.recipe = native_recipe(found) if found else custom_recipe({self.logical_name: slots}, self.shared)
-        self._fresh = True
-
-    def prepare(self) -> None:
-        """The weight has changed: its copies are made anew in the next forward that trains."""
-        self._fresh = True
-
-    @torch.compiler.disable  # as our own linear: the rest of a block is compiled around it
-    def forward(self, inp: Tensor) -> Tensor:
-        """[..., in_features] -> [..., out_features]."""
-        keep = self.shared.keep_weights and torch.is_grad_enabled()
-        first, self._fresh = (self._fresh if keep else None), self._fresh and not keep
-        self.apply_bias = self.use_bias and not self.skip_bias
-        with te.autocast(enabled=self.slots.quantized, recipe=self.recipe):
-            y = super().forward(inp, is_first_microbatch=first)
-        assert isinstance(y, Tensor)
-        self._note("fprop")
-        if y.requires_grad:
-            y.register_hook(partial(self._backward, inp.requires_grad))
-        return y
-
-    def _backward(self, input_too: bool, _: Tensor) -> None:
-        for gemm in ("dgrad", "wgrad") if input_too else ("wgrad",):
-            self._note(gemm)
-
-    def _note(self, gemm: str) -> None:
-        """One GEMM for the receipt."""
-        elements = (self.specs[f"{gemm}.{side}"] for side in ("a", "b"))
-        words = ["high" if spec is None else f"{spec.element} ({type(self.recipe).__name__})" for spec in elements]
-        self.shared.counts[gemm, words[0], words[1], "transformer_engine"] += 1
-        self.ran.add(gemm)
+        training = kind == "dy" or getattr(linear, "training_now", True)
+        position = getattr(linear, "position", linear.shared.position)
+        values, scale, _ = linear.operand(self.slot, matrix, position, training=training)
+        if spec.three_quarters and tensor.dtype == torch.bfloat16:
+            scale = torch.tensor(SIXTEEN_NINTHS[self.slot[-1]], device=values.device)
+        return (values if scale is None else values.float() * scale).to(tensor.dtype).contiguous().view(tensor.shape)

@@ -35,6 +35,7 @@ from parallel import tensor
 from parallel.mesh import SPLIT_BACKWARD, Mesh, Mpu, node_groups
 from parallel.pipeline import Callbacks, Hidden, Pipeline, balance, stage_range, stages_of
 from recipe import Recipe, load_policy
+from run.joints import joints
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -77,6 +78,8 @@ def build_local(
         compile_parts(parts)
     nodes = node_groups(mesh, node_size or mesh.world_size) if recipe.gradients.two_level else None
     engine = build_engine(parts, replace(zero_plan(recipe, mesh, placed), nodes=nodes))
+    if backend is not None and backend.te and recipe.precision.wgrad_output == "fp32":
+        engine.lend_main_grads([layer.weight for layer in precision.layers.values()], split=_split_backward(recipe))
     return Local(parts, precision, engine, _pipeline(recipe, mesh, device, parts, precision, engine), backend)
 
 
@@ -101,7 +104,7 @@ def give_precision(
     """
     facts = replace(_facts(recipe, mesh, placed), gemm_dtype=gemm_dtype)
     if backend is not None:
-        facts = replace(facts, layer=backend.layer)
+        facts = replace(facts, swap=backend.swap(joints(placed.parts), placed.tp.sp))
     precision = Precision(placed.parts, load_policy(recipe.precision.policy), recipe.precision, facts)
     for part in placed.parts:
         part.recompute_context = precision.recompute_context
@@ -116,19 +119,24 @@ def situation(recipe: Recipe, mesh: Mesh, placed: Placed, device: str) -> Situat
         shard = placed.held[f"{name}.weight"]
         shapes[name] = (sum(run.rows for run in shard.runs), shard.columns[1])
     tables = phases(shapes, load_policy(recipe.precision.policy), recipe.precision, facts)
-    tokens = recipe.train.micro_batch * recipe.train.seq_len
+    tokens = recipe.train.micro_batch * recipe.train.seq_len // (mesh.tp if recipe.parallel.sp else 1)
     return Situation([table for _, table in tables], shapes, tokens, device, recipe.precision, _without_te(recipe))
 
 
 def _without_te(recipe: Recipe) -> list[str]:
     """Settings that Transformer Engine's layers do not join in."""
-    found, schedule = [], recipe.parallel.schedule
+    found, parallel, model = [], recipe.parallel, recipe.model
     if recipe.zero.stage == 3:
         found.append("zero.stage is 3, which frees weights that its layers keep for the backward; use stage 0 to 2")
-    if recipe.parallel.pp > 1 and schedule in SPLIT_BACKWARD:
+    if parallel.sp_payload != "exact":
         found.append(
-            f"parallel.schedule {schedule} computes weight gradients apart, with which its layers' own delay is not "
-            "connected; use 1f1b or interleaved_1f1b"
+            f"parallel.sp_payload is {parallel.sp_payload}, but its layers gather sequences themselves, in their own "
+            "format; use exact"
+        )
+    if recipe.precision.wgrad_output == "fp32" and "*" in "".join(model.blocks) and parallel.tp > model.kv_heads:
+        found.append(
+            "precision.wgrad_output is fp32, which its GEMMs add up themselves, but parallel.tp exceeds the key/value "
+            "heads, whose gradients must be summed over ranks first; use bf16"
         )
     return found
 
@@ -190,10 +198,15 @@ def _facts(recipe: Recipe, mesh: Mesh, placed: Placed) -> RunFacts:
         steps=train.steps,
         tokens_per_step=train.global_batch * train.seq_len,
         keep_weights=recipe.zero.stage < 3,
-        swap_all=mesh.pp > 1 and recipe.parallel.schedule in SPLIT_BACKWARD,
+        swap_all=_split_backward(recipe),
         linears=linears,
         places={name: place for name in linears if (place := _place(placed.held[f"{name}.weight"], mesh))},
     )
+
+
+def _split_backward(recipe: Recipe) -> bool:
+    """Whether weight gradients are computed apart from the backward."""
+    return recipe.parallel.pp > 1 and recipe.parallel.schedule in SPLIT_BACKWARD
 
 
 def _place(shard: Shard, mesh: Mesh) -> Place | None:
@@ -267,7 +280,7 @@ def _pipeline(
     train, config = recipe.train, recipe.parallel
     sequence = train.seq_len // mesh.tp if config.sp else train.seq_len
     hidden = Hidden(train.micro_batch, sequence, recipe.model.hidden_size, DTYPES[recipe.model.dtype], device)
-    if config.schedule in SPLIT_BACKWARD:
+    if _split_backward(recipe):
         precision.shared.deferred = []
     callbacks = Callbacks(at=precision.at, queue=precision.shared.deferred, add=engine.add_gradient)
     return Pipeline(config, mesh, parts, hidden, train.global_batch // (train.micro_batch * mesh.dp), callbacks)

@@ -6,116 +6,46 @@ NVIDIA's kernels are not in it.
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import pickle
-from collections.abc import Mapping
+import re
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from errors import UsageError
-from lowprec import StepContext
-from lowprec.linear import SLOT_AXES, LowPrecisionLinear, Shared
+from lowprec.linear import SLOT_AXES
 from lowprec.native import native
-from lowprec.policy import GEMMS, Gemm, Slots
-from recipe import load_policy
+from lowprec.policy import Gemm, Slots
 from tests import te_cpu
-
-te = te_cpu.install()
-from lowprec import te as ours  # noqa: E402
-from tests.te_cpu.native import specs as quantizer_specs  # noqa: E402
-
-NAME = "layers.0.mlp"
-TOKENS, INPUTS, OUTPUTS = 128, 256, 384
-EXACT = ("mxfp8", "fp8_block", "fp8_lm", "mxfp4")  # their dequantized operands and factors keep within one ulp
-ROUNDED = ("nvfp4", "fp8_current")
-
-ACTIVATIONS = {
-    "swiglu": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
-    "gelu": lambda x: F.gelu(x, approximate="tanh"),
-    "srelu": lambda x: F.relu(x).square(),
-}
-
-
-def slots_of(policy: str, **changes: Any) -> Slots:
-    """The slots of a shipped policy, with `changes` to every spec."""
-    slots = load_policy(policy).resolve([NAME], 1)[NAME]
-    for gemm in GEMMS:
-        sides = {side: replace(spec, **changes) for side in ("a", "b") if (spec := getattr(getattr(slots, gemm), side))}
-        slots = replace(slots, **{gemm: replace(getattr(slots, gemm), **sides)})
-    return slots
-
-
-def shared() -> Shared:
-    return Shared(position=StepContext(seed=3, step=5, row=64))
-
-
-def draw(*shape: int, spread: float = 1.0, seed: int = 0) -> Tensor:
-    """Normal numbers times random powers of two, in BF16."""
-    generator = torch.Generator().manual_seed(seed + sum(shape))
-    exponents = torch.randint(-3, 4, shape, generator=generator)
-    return (torch.randn(shape, generator=generator) * spread).ldexp(exponents).bfloat16()
-
-
-def emulated(weight: Tensor, bias: Tensor | None, x: Tensor, dy: Tensor, slots: Slots, name: str = NAME) -> dict:
-    """y, dx, dw and db from the operands of our linear, multiplied in FP64: before anything is rounded to BF16."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
-    linear.weight.data.copy_(weight)
-    layer = LowPrecisionLinear(linear, name, slots, shared())
-    matrices = {"x": x.detach().reshape(-1, x.shape[-1]), "w": weight.detach(), "dy": dy.reshape(-1, dy.shape[-1])}
-    number = {}
-    for slot, (kind, _) in SLOT_AXES.items():
-        values, scale, _ = layer.operand(slot, matrices[kind], layer.shared.position)
-        number[slot] = values.double() * (1.0 if scale is None else scale.double())
-    y = number["fprop.a"] @ number["fprop.b"].T + (0.0 if bias is None else bias.detach().double())
-    return {
-        "y": y.view(dy.shape),
-        "dx": (number["dgrad.a"] @ number["dgrad.b"]).view(x.shape),
-        "dw": number["wgrad.a"].T @ number["wgrad.b"],
-        "db": matrices["dy"].double().sum(0),
-    }
-
-
-def run(layer: nn.Module, table: Mapping[str, Slots], x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """y and dx of a layer of Transformer Engine under a custom recipe for the linears of `table`."""
-    x = x.clone().requires_grad_()
-    with te.autocast(recipe=ours.custom_recipe(table, shared())):
-        y = layer(x)
-    y.backward(dy)
-    return y.detach(), x.grad
-
-
-def one_ulp(value: Tensor, truth: Tensor) -> bool:
-    """Within one BF16 ulp of the truth, or of FP32 accumulation where terms cancel."""
-    ulp = torch.exp2(truth.abs().clamp_min(1e-30).log2().floor() - 7)
-    return bool(((value.double() - truth).abs() <= ulp + 1e-6 * truth.abs().max()).all())
-
-
-def distance(value: Tensor, truth: Tensor) -> float:
-    return float((value.double() - truth).norm() / truth.norm())
-
-
-def close(value: Tensor, truth: Tensor, policy: str) -> bool:
-    """One ulp; or the rounding of two operands and the result to BF16, of which a scale's mantissa decides how much."""
-    return one_ulp(value, truth) if policy in EXACT else distance(value, truth) < 3.5e-3
-
-
-def te_linear(bias: bool, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    layer = te.Linear(INPUTS, OUTPUTS, bias=bias, params_dtype=dtype, device="cpu", name=NAME)
-    with torch.no_grad():
-        layer.weight.copy_(draw(OUTPUTS, INPUTS, spread=0.05))
-        if bias:
-            layer.bias.copy_(draw(OUTPUTS))
-    return layer
-
-
-def outcome(layer: nn.Module, slots: Slots, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    y, dx = run(layer, {NAME: slots}, x, dy)
-    found = {"y": y, "dx": dx, "dw": layer.weight.grad}
-    return found | {"db": layer.bias.grad} if layer.use_bias else found
+from tests.te_case import (
+    ACTIVATIONS,
+    EXACT,
+    INPUTS,
+    NAME,
+    OUTPUTS,
+    ROUNDED,
+    TOKENS,
+    close,
+    custom_recipe,
+    distance,
+    draw,
+    emulated,
+    one_ulp,
+    ours,
+    outcome,
+    recipes,
+    run,
+    slots_of,
+    te,
+    te_linear,
+)  # fmt: skip
+from tests.te_cpu.native import specs as quantizer_specs
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -177,7 +107,7 @@ def test_layernorm_linear(policy, norm):
         layer.layer_norm_weight.copy_(1 + 0.1 * draw(INPUTS))
     slots, dy = slots_of(policy), draw(TOKENS, OUTPUTS, spread=1e-3)
     x = draw(TOKENS, INPUTS).requires_grad_()
-    with te.autocast(recipe=ours.custom_recipe({NAME: slots}, shared())):
+    with te.autocast(recipe=custom_recipe({NAME: slots})):
         y, normed = layer(x)
     y.backward(dy)
     truth = emulated(layer.weight, layer.bias, normed.detach(), dy, slots)
@@ -210,7 +140,7 @@ def test_layernorm_mlp(policy, activation, width, monkeypatch):
     seen, original = {}, ours.QuantizeDequantize._maybe_cast
 
     def note(quantizer: Any, tensor: Tensor) -> Tensor:
-        seen[quantizer.name.removeprefix(f"{NAME}."), SLOT_AXES[quantizer.slot][0]] = tensor.detach().clone()
+        seen[quantizer.linear.name.removeprefix(f"{NAME}."), SLOT_AXES[quantizer.slot][0]] = tensor.detach().clone()
         return original(quantizer, tensor)
 
     monkeypatch.setattr(ours.QuantizeDequantize, "_maybe_cast", note)
@@ -283,8 +213,8 @@ def e4m3(slots: Slots) -> Slots:
 
 
 def test_factory_survives_a_pickle_and_answers_every_role():
-    factory = pickle.loads(pickle.dumps(ours.custom_recipe({NAME: slots_of("mxfp8")}, shared()))).qfactory
-    assert factory.table == {NAME: slots_of("mxfp8")}
+    factory = pickle.loads(pickle.dumps(custom_recipe({NAME: slots_of("mxfp8")}))).qfactory
+    assert factory.linears[NAME].slots == slots_of("mxfp8")
     for role in (
         None,
         te.QuantizerRole(),
@@ -297,41 +227,27 @@ def test_factory_survives_a_pickle_and_answers_every_role():
     assert [both.rowwise_quantizer.slot, both.columnwise_quantizer.slot] == ["dgrad.a", "wgrad.a"]
 
 
-def test_a_phase_with_a_new_recipe_object_changes_what_is_multiplied():
-    linear = nn.Linear(INPUTS, OUTPUTS, bias=False, dtype=torch.bfloat16)
-    before, after = slots_of("mxfp4"), replace(slots_of("mxfp4"), dgrad=Gemm(), wgrad=Gemm())
-    layer = ours.TeLinear(linear, NAME, before, shared())
-    x, dy = draw(TOKENS, INPUTS), draw(TOKENS, OUTPUTS)
-    for slots in (before, after):
-        layer.use(slots)
-        inputs = x.clone().requires_grad_()
-        layer(inputs).backward(dy)
-        assert one_ulp(inputs.grad, emulated(linear.weight, None, x, dy, slots)["dx"])
+# Fields whose default an environment variable is, but which say nothing where another field says what a policy means.
+SETTLED = {"use_power_2_scales", "use_f32_scales", "nvfp4_4over6_e4m3_use_256", "nvfp4_4over6_err_mode"}
 
 
-def test_weight_copies_are_made_once_a_step():
-    linear = nn.Linear(INPUTS, OUTPUTS, bias=False, dtype=torch.bfloat16)
-    layer = ours.TeLinear(linear, NAME, slots_of("mxfp4"), shared())
-    x, slots = draw(TOKENS, INPUTS), slots_of("mxfp4")
-    dy, old = draw(TOKENS, OUTPUTS), linear.weight.detach().clone()
+@pytest.mark.parametrize("policy", ["mxfp8", "nvfp4", "fp8_current", "fp8_block"])
+def test_environment_variables_change_no_recipe(policy, monkeypatch):
+    found = native(slots_of(policy))
+    assert found is not None
+    kind, given = getattr(recipes, found.recipe), {}
+    source = inspect.getsource(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    read = {name for name in fields if re.search(rf"^    {name}: \w.*=\s*\(?\s*os\.getenv", source, re.M)}
+    assert "backward_override" in read
 
-    def gradient() -> Tensor:
-        inputs = x.clone().requires_grad_()
-        layer(inputs).backward(dy)
-        return inputs.grad
+    def note(**options: Any) -> Any:
+        given.update(options)
+        return kind(**options)
 
-    first = gradient()
-    with torch.no_grad():
-        linear.weight.mul_(2)
-        layer(x)  # an evaluation makes its own copy and keeps none
-    assert torch.equal(gradient(), first)
-    layer.prepare()
-    assert one_ulp(gradient(), emulated(2 * old, None, x, dy, slots)["dx"])
-
-
-def test_delayed_scaling_has_no_custom_recipe():
-    with pytest.raises(UsageError, match=f"{NAME}: fprop.a has delayed scaling"):
-        ours.custom_recipe({NAME: slots_of("fp8_delayed")}, shared())
+    monkeypatch.setattr(recipes, found.recipe, note)
+    ours.native_recipe(found)
+    assert read - SETTLED <= given.keys()
 
 
 def test_rotations_that_cut_a_group_of_tokens_are_refused():

@@ -30,11 +30,21 @@ from tests.te_cpu import tex
 VERSIONS = "2.20."
 CAPABILITY = (10, 0)  # the GPU that the layers believe to run on: data-centre Blackwell, which has every recipe
 PREFIX = "transformer_engine.pytorch."
+DPA = "attention.dot_product_attention."
 
 # module -> (what is replaced, by what, how often it is there)
 EDITS: Mapping[str, tuple[tuple[str, str, int], ...]] = {
+    f"{DPA}backends": (("device=torch.cuda.current_device(),", 'device="cpu",', 1),),
+    f"{DPA}dot_product_attention": (("query_layer.is_cuda and key_layer.is_cuda and value_layer.is_cuda", "True", 1),),
+    f"{DPA}softmax": (('device="cuda"', 'device="cpu"', 1),),
+    f"{DPA}utils": (('device="cuda"', 'device="cpu"', 10), ("torch.cuda.current_device() == 0", "False", 3)),
     "cpp_extensions.gemm": (("torch.cuda.get_device_properties(torch.cuda.current_device()).major >= 9", "False", 1),),
     "distributed": (
+        (
+            "    # Debug case - call gather_along_first_dim on each tensor",
+            "    if tex.is_native(quantizer):\n        return tex.gather(inp, process_group, quantizer), None",
+            1,
+        ),
         (
             "output = torch.empty(dim_size, dtype=inp.dtype, device=torch.cuda.current_device())",
             "output = torch.empty(dim_size, dtype=inp.dtype, device=inp.device)",

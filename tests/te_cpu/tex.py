@@ -99,6 +99,20 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
     return found
 
 
+def is_native(quantizer: Any) -> bool:
+    """Whether it is one of those whose codes travel: what is quantized in Python is gathered in high precision."""
+    from transformer_engine.pytorch import HybridQuantizer, IdentityQuantizer
+
+    return quantizer is not None and not isinstance(quantizer, (HybridQuantizer, IdentityQuantizer))
+
+
+def gather(tensor: Any, group: Any, quantizer: Any) -> Any:
+    """An all-gather of what a quantizer of Transformer Engine makes."""
+    from tests.te_cpu import native
+
+    return native.gather(tensor, group, quantizer)
+
+
 def bgrad_quantize(gradient: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
     """The bias gradient and the quantized gradient."""
     return gradient.reshape(-1, gradient.shape[-1]).float().sum(0).to(gradient.dtype), quantize(gradient, quantizer)
@@ -155,6 +169,29 @@ def generic_gemm(  # noqa: PLR0913
     if not transB:
         product = product.view(*B.shape[:-1], product.shape[-1])
     return _through(product.to(dtype), quantizer), bias_grad, None, extra_output
+
+
+def get_fused_attn_backend(parameters: Any) -> tuple[int, str]:
+    """None of cuDNN's: attention takes its unfused path, which is batched GEMMs and a softmax."""
+    return NVTE_Fused_Attn_Backend.NVTE_No_Backend, "te_cpu has no cuDNN"
+
+
+def scaled_softmax_forward(x: Tensor, scale: float) -> Tensor:
+    """softmax(scale x) over the last dimension."""
+    return torch.softmax(x.float() * scale, -1).to(x.dtype)
+
+
+def scaled_masked_softmax_forward(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """The same, where the mask is not true."""
+    return torch.softmax((x.float() * scale).masked_fill(mask.bool(), -10000.0), -1).to(x.dtype)
+
+
+def _softmax_backward(gradient: Tensor, y: Tensor, scale: float) -> Tensor:
+    dy, wide = gradient.float(), y.float()
+    return ((dy - (dy * wide).sum(-1, keepdim=True)) * wide * scale).to(gradient.dtype)
+
+
+scaled_softmax_backward = scaled_masked_softmax_backward = _softmax_backward
 
 
 def _rows(x: Tensor) -> Tensor:
