@@ -142,7 +142,7 @@ class Engine:
         self._by_schedule = True
         self._engine.optimizer.accumulate_by_hooks(tied, group)
 
-    def lend_main_grads(self, parameters: Iterable[nn.Parameter], *, split: bool) -> None:
+    def lend_main_grads(self, parameters: Iterable[Tensor], *, split: bool) -> None:
         """Let the GEMMs of weight gradients add them up themselves; see lowprec/main_grads.py. Not at stage 3."""
         self._engine.optimizer.main_grads.lend(parameters, split=split)
 

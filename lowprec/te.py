@@ -28,9 +28,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import transformer_engine.pytorch as te
+import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]
 from torch import Tensor
-from transformer_engine.common import recipe as recipes
+from transformer_engine.common import recipe as recipes  # pyright: ignore[reportMissingImports]
 
 from errors import UsageError
 from lowprec.linear import SLOT_AXES, LowPrecisionLinear

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import transformer_engine.pytorch as te
+import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 
 from lowprec import dispatch
@@ -89,7 +89,8 @@ class Queue:
             found.append(bias_gradient)
             return gradient
 
-        queue.append((part.weight, weight_gradient))
+        weight: Any = part.weight
+        queue.append((weight, weight_gradient))
         # Quantized gradients are summed up on their way to a quantizer, others in the GEMM.
         if part.bias is not None and not layer.fp8 and not layer.adds_bias_later(part):
             queue.append((part.bias, found.pop))
@@ -207,8 +208,8 @@ class TeLinear(Joined, te.Linear):
 
     def __init__(self, part: Part, sp: bool) -> None:
         mode, outs, ins = _mode(part.place)
-        super().__init__(
-            part.in_features * ins, part.out_features * outs, name=part.name, parallel_mode=mode,
+        te.Linear.__init__(
+            self, part.in_features * ins, part.out_features * outs, name=part.name, parallel_mode=mode,
             **_options(part, part.place, sp),
         )  # fmt: skip
         self.weight, self.bias = part.weight, part.bias
@@ -218,10 +219,10 @@ class TeLinear(Joined, te.Linear):
 class TeNormLinear(Joined, te.LayerNormLinear):
     """te.LayerNormLinear with the parameters of `part`, and those of `norm`, which stay the norm's own."""
 
-    def __init__(self, part: Part, norm: nn.Module, sp: bool) -> None:
+    def __init__(self, part: Part, norm: Any, sp: bool) -> None:
         mode, outs, ins = _mode(part.place)
-        super().__init__(
-            part.in_features * ins, part.out_features * outs, name=part.name, parallel_mode=mode, eps=norm.eps,
+        te.LayerNormLinear.__init__(
+            self, part.in_features * ins, part.out_features * outs, name=part.name, parallel_mode=mode, eps=norm.eps,
             normalization=_normalization(norm), **_options(part, part.place, sp),
         )  # fmt: skip
         self.weight, self.bias = part.weight, part.bias
@@ -232,10 +233,10 @@ class TeNormLinear(Joined, te.LayerNormLinear):
 class TeNormMLP(Joined, te.LayerNormMLP):
     """te.LayerNormMLP with the parameters of its children, `up` and `down` by their names, and those of `norm`."""
 
-    def __init__(self, joint: NormMLP, up: Part, down: Part, norm: nn.Module, sp: bool) -> None:
+    def __init__(self, joint: NormMLP, up: Part, down: Part, norm: Any, sp: bool) -> None:
         _, ranks, _ = _mode(up.place)
-        super().__init__(
-            up.in_features, down.in_features * ranks, name=joint.mlp, activation=joint.activation, eps=norm.eps,
+        te.LayerNormMLP.__init__(
+            self, up.in_features, down.in_features * ranks, name=joint.mlp, activation=joint.activation, eps=norm.eps,
             normalization=_normalization(norm), set_parallel_mode=ranks > 1, **_options(up, up.place, sp),
         )  # fmt: skip
         _borrow(self, fc1_weight=up.weight, fc2_weight=down.weight, **_norm_parameters(norm))
@@ -250,7 +251,7 @@ def _normalization(norm: nn.Module) -> str:
     return type(norm).__name__  # nn.RMSNorm and nn.LayerNorm; Transformer Engine has the same names
 
 
-def _norm_parameters(norm: nn.Module) -> dict[str, Tensor]:
+def _norm_parameters(norm: Any) -> dict[str, Tensor]:
     if isinstance(norm, nn.RMSNorm):
         return {"layer_norm_weight": norm.weight}
     bias = torch.zeros_like(norm.weight, requires_grad=False) if norm.bias is None else norm.bias
@@ -311,9 +312,8 @@ class Swap:
         places: Mapping[str, Place],
     ) -> dict[str, LowPrecisionLinear]:
         """Linears `names` of `model` -> their parts. tables: slots of each phase, the first one now."""
-        parts = {
-            name: Part(model.get_submodule(name), name, tables[0][name], shared, places.get(name)) for name in names
-        }
+        found: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+        parts = {name: Part(found[name], name, tables[0][name], shared, places.get(name)) for name in names}
         alone = dict(parts)
         for joint in self.joints:
             self._join(model, joint, parts, alone, tables)

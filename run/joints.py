@@ -17,7 +17,8 @@ def joints(parts: Sequence[Transformer]) -> list[Joint]:
 
 
 def _of(part: Transformer) -> Iterator[Joint]:
-    for index, block in part.layers.items():
+    blocks: dict[str, Any] = dict(part.layers.items())
+    for index, block in blocks.items():
         name, sublayers = f"layers.{index}", block.sublayers
         if "M" in sublayers:
             yield NormLinear(f"{name}.mamba_norm", f"{name}.mamba.in_proj")
