@@ -97,7 +97,7 @@ class LowPrecisionZero(_Base):
         self.use_grad_accum_attribute = not self.partition_gradients
         self._accumulators: dict[int, GradientStore] = defaultdict(self._new_store)
         in_place = self.use_grad_accum_attribute and self.plan.gradients.accumulate == "fp32"
-        self.main_grads = MainGrads(self._accumulator if in_place else None)
+        self.main_grads = MainGrads((lambda param: self._accumulators[self.get_param_id(param)]) if in_place else None)
         self.errors: dict[int, Tensor] = {}
         self.gradient_bytes = self.sent_bytes = 0
         self.tally = Tally.nothing()
@@ -105,9 +105,6 @@ class LowPrecisionZero(_Base):
         self.pieces = list(self._cut())
         self._by_param = {(piece.group, self._id_of[piece.fragment.name]): piece for piece in self.pieces}
         self._drop_unused_masters()
-
-    def _accumulator(self, param: Any) -> GradientStore:
-        return self._accumulators[self.get_param_id(param)]
 
     def _new_store(self) -> GradientStore:
         return GradientStore(self.plan.gradients.accumulate)
