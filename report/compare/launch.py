@@ -1,8 +1,9 @@
 """Train a recipe and its baseline from the same initial weights and data, and show their difference while they train.
 
-A run is `train.py` in a process of its own, or in as many as `parallel.ranks` says, in OUT/<recipe>_<hash>_seed<n>; the
-hash covers everything that can change its losses. A run that is there and finished is not run again; one that was stopped resumes. Equal seeds mean equal
-weights and data order (an initial weight is a function of seed, name and index; a sample of seed and position).
+A run is `train.py` in as many processes as `parallel.ranks` says, in OUT/<recipe>_<hash>_seed<n>; the hash covers
+everything that can change its losses. A run that is there and finished is not run again; one that was stopped resumes.
+Equal seeds mean equal weights and data order (an initial weight is a function of seed, name and index; a sample of seed
+and position).
 """
 
 from __future__ import annotations
