@@ -23,6 +23,7 @@ class Launch:
     meets:    ranks meet at the address in the environment (torchrun's, or set by hand); else this process is alone
     torchrun: started by torchrun, which restarts what ends with another code than 0
     threads:  CPU threads that the user asked for (OMP_NUM_THREADS), None if not said
+    end_time: when the job's time is over, in seconds since the epoch; None: not known
     """
 
     rank: int = 0
@@ -32,6 +33,7 @@ class Launch:
     meets: bool = False
     torchrun: bool = False
     threads: int | None = None
+    end_time: float | None = None
 
 
 def choose_device(wanted: str, launch: Launch) -> torch.device:
