@@ -63,7 +63,7 @@ class Stragglers:
             return None
         mine = torch.tensor([self._sum / self._steps], dtype=torch.float64, device=self._device)
         everyone = torch.empty(ranks, dtype=torch.float64, device=self._device)
-        dist.all_gather_into_tensor(everyone, mine)
+        dist.all_gather_single(everyone, mine)
         steps, self._sum, self._steps = self._steps, 0.0, 0
         seconds = everyone.tolist()
         median = sorted(seconds)[(ranks - 1) // 2]

@@ -57,15 +57,15 @@ def submit_job(command: Sequence[str]) -> str:
 def job_states(numbers: Sequence[str]) -> dict[str, str]:
     """Number -> state (PENDING, RUNNING, ...) of those that squeue still knows; empty where there is no squeue.
 
-    A job array has the states of its tasks under its own number, the most advanced one first in the alphabet's reverse:
-    RUNNING before PENDING.
+    Of several tasks of an array one state is given: RUNNING if any is, which the alphabet also puts after PENDING.
     """
     if not numbers or shutil.which("squeue") is None:
         return {}
+    ended = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}
     found: dict[str, str] = {}
     for number in numbers:  # one by one: squeue fails as a whole if it does not know one of several
         command = ["squeue", "--noheader", "--jobs", number, "--format", "%T"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-        if states := sorted(set(done.stdout.split()) - {"COMPLETED", "CANCELLED", "FAILED", "TIMEOUT", "NODE_FAIL"}):
-            found[number] = states[-1]
+        if states := set(done.stdout.split()) - ended:
+            found[number] = max(states)
     return found

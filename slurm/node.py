@@ -29,9 +29,8 @@ ENVIRONMENT = {
     "NCCL_IB_TIMEOUT": "22",  # 4 us x 2^22: a link that comes back within seconds is no error
     "PYTHONFAULTHANDLER": "1",
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # less fragmentation over weeks
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a dead peer ends the process instead of hanging it
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # which collective each rank was in
-    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+    "TORCH_FR_BUFFER_SIZE": "2000",  # the last collectives of each rank, which a timeout writes down
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     "WANDB_MODE": "offline",
 }
 

@@ -42,7 +42,7 @@ def ping(wanted: str, launch: Launch) -> str:
     dist.barrier()
     mine = torch.tensor([time.time()], dtype=torch.float64, device=device)
     clocks = torch.empty(ranks, dtype=torch.float64, device=device)
-    dist.all_gather_into_tensor(clocks, mine)
+    dist.all_gather_single(clocks, mine)
     skew = float(clocks.max() - clocks.min())
     rate = elements * 4 / min(seconds) / 1e9
     line = f"{ranks} ranks reach each other ({rate:.2f} GB/s in sums); clocks differ by {skew:.3f} s"
