@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from errors import UsageError
+from errors import UsageError, UserError
 from run.meeting import fresh_store
 
 
@@ -51,7 +51,10 @@ def choose_device(wanted: str, launch: Launch) -> torch.device:
 
 
 def join(device: torch.device, launch: Launch, timeout_s: int) -> None:
-    """Initialise the default process group: gloo on CPU, NCCL on CUDA. Raises UsageError if it cannot meet."""
+    """Initialise the default process group: gloo on CPU, NCCL on CUDA.
+
+    Raises UsageError if the port is taken, UserError if the others did not come within `timeout_s`.
+    """
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
     if not launch.meets:
@@ -63,7 +66,9 @@ def join(device: torch.device, launch: Launch, timeout_s: int) -> None:
         store = fresh_store(found, rank, world_size, timeout_s)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise UsageError(
+        # A taken port is the user's to mend; a rank or a node that did not come may come the next time.
+        kind = UsageError if "already in use" in str(error) else UserError
+        raise kind(
             f"rank {launch.rank} cannot join the process group: {str(error).splitlines()[0]}; "
             "if the port is taken, choose another (MASTER_PORT, or torchrun --master-port), else check that the nodes "
             "reach each other"

@@ -54,8 +54,7 @@ def record(run_dir: Path | None, code: int, reason: str, rank: int) -> None:
     if run_dir is None or not run_dir.is_dir():
         return
     try:
-        with open(run_dir / LATEST, "x") as latest:
-            latest.write(json.dumps({"code": code, "reason": reason}) + "\n")
+        _create(run_dir / LATEST, json.dumps({"code": code, "reason": reason}) + "\n")
         time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         with open(run_dir / HISTORY, "a") as history:
             history.write(json.dumps({"time": time, "code": code, "reason": reason, "rank": rank}) + "\n")
@@ -63,3 +62,14 @@ def record(run_dir: Path | None, code: int, reason: str, rank: int) -> None:
         return
     except OSError as error:  # a full disk: the message of what ends the run has been printed
         print(f"cannot record the exit in {run_dir}: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def _create(path: Path, text: str) -> None:
+    """A new file with all of `text`, or none. Raises OSError, FileExistsError among them."""
+    with open(path, "x") as file:
+        try:
+            file.write(text)
+            file.flush()
+        except OSError:
+            path.unlink()
+            raise
