@@ -33,6 +33,7 @@ from lowprec.adamw import Tally
 from lowprec.collectives import Payload, next_mu, parse_payload
 from lowprec.fragments import Fragment
 from lowprec.gradients import GradientsConfig, GradientStore
+from lowprec.main_grads import MainGrads
 from lowprec.updater import Updater
 
 
@@ -95,6 +96,8 @@ class LowPrecisionZero(_Base):
         # Micro-batches add up in our stores wherever gradients are not reduced at once.
         self.use_grad_accum_attribute = not self.partition_gradients
         self._accumulators: dict[int, GradientStore] = defaultdict(self._new_store)
+        in_place = self.use_grad_accum_attribute and self.plan.gradients.accumulate == "fp32"
+        self.main_grads = MainGrads(self._accumulator if in_place else None)
         self.errors: dict[int, Tensor] = {}
         self.gradient_bytes = self.sent_bytes = 0
         self.tally = Tally.nothing()
@@ -102,6 +105,9 @@ class LowPrecisionZero(_Base):
         self.pieces = list(self._cut())
         self._by_param = {(piece.group, self._id_of[piece.fragment.name]): piece for piece in self.pieces}
         self._drop_unused_masters()
+
+    def _accumulator(self, param: Any) -> GradientStore:
+        return self._accumulators[self.get_param_id(param)]
 
     def _new_store(self) -> GradientStore:
         return GradientStore(self.plan.gradients.accumulate)
@@ -150,9 +156,14 @@ class LowPrecisionZero(_Base):
 
     # Accumulation over micro-batches (stages 0 and 1)
     def _fill_param_grad_accum_attribute(self, param: Any) -> None:
-        if param.grad is not None:
-            self._accumulators[self.get_param_id(param)].add(param.grad)
-            param.grad = None
+        gradient, param.grad = param.grad, None
+        if gradient is not None:
+            self.accumulate(param, gradient)
+
+    def process_gradients(self, param: Any, i: int) -> None:
+        if self.partition_gradients and param in self.main_grads:
+            param.grad = self.main_grads.take(param)  # for the dummy
+        super().process_gradients(param, i)
 
     def get_gradient_for_reduction(self, param: Any) -> Tensor | None:
         if not self.use_grad_accum_attribute:
@@ -184,9 +195,12 @@ class LowPrecisionZero(_Base):
             self._grad_acc_hooks.append(param.register_post_accumulate_grad_hook(self._fill_param_grad_accum_attribute))
         self.set_gradient_accumulation_boundary(True)
 
-    def accumulate(self, param: Any, gradient: Tensor) -> None:
-        """Add a micro-batch's gradient to the parameter's store."""
-        self._accumulators[self.get_param_id(param)].add(gradient)
+    def accumulate(self, param: Any, gradient: Tensor | None) -> None:
+        """Add a micro-batch's gradient to the parameter's store; if its GEMM has, `gradient` says nothing."""
+        if param in self.main_grads:
+            gradient = self.main_grads.take(param)
+        if gradient is not None:
+            self._accumulators[self.get_param_id(param)].add(gradient)
 
     def reduce_accumulated(self) -> None:
         """Reduce what all micro-batches of the step have added up; tied copies first add up over their two ranks."""

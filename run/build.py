@@ -86,6 +86,8 @@ def build(
         _open_records(run, launch, start, resume, wandb_mode)
         run.records.message(f"peak {scale.peak}; {scale.flops_per_token / 1e6:.1f} MFLOP a token")
         run.records.message(f"precision policy {recipe.precision.policy}\n{run.precision.describe()}")
+        if local.backend is not None:
+            run.records.message(local.backend.news)
     if start is not None:
         run.prove_resume(start)
     run.watchdog.start(run.step)
