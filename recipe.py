@@ -32,7 +32,7 @@ from model.config import ModelConfig
 from parallel.mesh import ParallelConfig, Sizes
 from parallel.saver import CheckpointConfig, ResumeConfig
 from report.metrics import MetricsConfig
-from sections import EvalConfig, RunConfig, ScheduleConfig, TrainConfig, in_steps
+from sections import EvalConfig, RunConfig, ScheduleConfig, TrainConfig, WatchConfig, in_steps
 from strict_yaml import load_yaml, merge, override
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -65,6 +65,7 @@ class Recipe:
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def problems(self, world_size: int) -> list[str]:
         """Every violation, of one section or across sections, on `world_size` ranks; empty when it can run."""
@@ -223,7 +224,8 @@ def resolve(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     for assignment in overrides:
         tree = override(tree, assignment)
     recipe = from_dict(tree, str(path))
-    return dataclasses.replace(recipe, run=RunConfig(dir=recipe.run.dir.replace("{name}", recipe.name)))
+    run = dataclasses.replace(recipe.run, dir=recipe.run.dir.replace("{name}", recipe.name))
+    return dataclasses.replace(recipe, run=run)
 
 
 def policy_file(name: str) -> Path:
