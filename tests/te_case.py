@@ -15,6 +15,7 @@ from lowprec.policy import Slots
 from tests import te_cpu
 from tests.linear_truth import EXACT, INPUTS, NAME, OUTPUTS, distance, draw, one_ulp, shared
 
+te_cpu.require()
 te = te_cpu.install()
 from transformer_engine.common import recipe as recipes  # noqa: E402
 

@@ -18,6 +18,7 @@ from tests import layout_case, te_cpu
 from tests.layout_case import Case, Outcome, recipe_of
 from tests.spawn import RankError, run_ranks
 
+te_cpu.require()
 pytestmark = pytest.mark.xdist_group("te_model")  # its fixtures are made once
 
 SMALL = (
