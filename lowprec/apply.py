@@ -138,10 +138,17 @@ class Precision:
         if not states:
             return
         amaxes = torch.stack([state.history[0] for state in states.values()])
+        # One of a step that was not finite says nothing, and would keep the scale for as long as it is remembered.
+        amaxes = torch.where(amaxes.isfinite(), amaxes, 0.0)
         dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=group)
         for state, amax in zip(states.values(), amaxes, strict=True):
-            state.record(amax)
+            state.history[0] = amax
             state.advance()
+
+    def forget_step(self) -> None:
+        """Drop the amaxes of forwards and backwards since the last `end_step`: they were no part of training."""
+        for state in self._delayed().values():
+            state.history[0] = 0.0
 
     def state(self) -> dict[str, Tensor]:
         """Live tensors that a checkpoint needs, the same on all data-parallel ranks: name -> tensor."""

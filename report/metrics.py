@@ -66,7 +66,8 @@ class StepRecord:
     (1e12 model FLOP/s) and mfu (fraction of the peak; None when the peak is wrong) are per device.
     nan: the loss or the gradient was not finite; skipped: the weights were not updated. sent_bytes: of gradients and
     updated weights, by rank 0. edq (effective descent quality over its ideal, Collage) and lost_updates (share of the
-    weights that should have moved and did not) are None where weights have FP32 or scaled FP16 masters.
+    weights that should have moved and did not) are None where weights have FP32 or scaled FP16 masters. update_norm: of
+    the change of all weights; None where it was not measured, or nothing was updated.
     """
 
     step: int
@@ -87,6 +88,7 @@ class StepRecord:
     sent_bytes: int = 0
     edq: float | None = None
     lost_updates: float | None = None
+    update_norm: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

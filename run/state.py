@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -31,6 +31,7 @@ from run.local import Local, stage_layers
 from run.records import Records
 from run.schedules import lr_factor
 from run.signals import StopRequest
+from run.spikes import SpikeGuard
 
 AMAX = "amax"  # kind of the tensors of delayed scaling in a checkpoint; another policy may not have them
 
@@ -52,6 +53,10 @@ class Run:
     stop_agreed: bool = False
     validated: float | None = None
     receipted: bool = False  # whether this process has said what its first step ran in
+    guard: SpikeGuard = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.guard = SpikeGuard(self.recipe.spikes)
 
     @property
     def engine(self) -> Engine:
@@ -105,8 +110,17 @@ class Run:
             losses.append(loss.cross_entropy.detach())
         return losses
 
-    def finish_step(self, losses: Sequence[Tensor], lr: float, update: StepResult, began: float) -> StepRecord:
-        """Advance the position; agree over all ranks on the loss and on stopping. `began` on perf_counter's clock."""
+    def agree(self, losses: Sequence[Tensor]) -> float:
+        """The mean cross-entropy of the global batch; and all ranks know whether one was asked to stop. Collective."""
+        counted = losses and self.mesh.tp_rank == 0
+        loss = torch.stack(list(losses)).double().mean() if counted else self._number(0.0)
+        mine = torch.stack([loss, self._number(self.signals.name is not None)])
+        dist.all_reduce(mine)
+        self.stop_agreed = bool(mine[1])
+        return float(mine[0]) / self.mesh.dp
+
+    def finish_step(self, loss: float, lr: float, update: StepResult, began: float) -> StepRecord:
+        """Advance the position; `began` on perf_counter's clock. Collective."""
         self.precision.end_step(self.mesh.stage_group)
         if not self.receipted:
             self.precision.check_ran()
@@ -115,17 +129,13 @@ class Run:
             self.receipted = True
         self.step += 1
         self.samples += self.recipe.train.global_batch
-        counted = losses and self.mesh.tp_rank == 0
-        loss = torch.stack(list(losses)).double().mean() if counted else self._number(0.0)
-        mine = torch.stack([loss, self._number(self.signals.name is not None)])
-        dist.all_reduce(mine)
-        self.stop_agreed = bool(mine[1])
+        self.guard.finish(loss, update)
         self.saver.poll()
         norm = self.engine.parameter_norm()
         return self.records.step_record(
             step=self.step,
             samples=self.samples,
-            loss=float(mine[0]) / self.mesh.dp,
+            loss=loss,
             lr=lr,
             update=update,
             norm=norm,
@@ -202,6 +212,7 @@ class Run:
             "data": self.data.hashes(),
             "precision": self.precision.table(),
             "layout": self.layout(),
+            "spikes": self.guard.state(),
             "gemm_dtype": str(self.precision.shared.gemm_dtype).removeprefix("torch."),
         }
         if self.recipe.resume.verify:
