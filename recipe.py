@@ -27,6 +27,7 @@ from errors import UsageError
 from lowprec.gradients import GradientsConfig
 from lowprec.optim import OptimizerConfig
 from lowprec.policy import Policy, PrecisionConfig, parse
+from lowprec.probe.config import ProbeConfig
 from lowprec.zero import ZeroConfig
 from model.config import ModelConfig
 from parallel.mesh import ParallelConfig, Sizes
@@ -66,6 +67,7 @@ class Recipe:
     eval: EvalConfig = field(default_factory=EvalConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
 
     def problems(self, world_size: int) -> list[str]:
         """Every violation, of one section or across sections, on `world_size` ranks; empty when it can run."""

@@ -50,6 +50,7 @@ def train(run: Run) -> int:
         run.records.step(train_step(run))
         if recover(run):
             continue
+        run.probe()
         if config.eval.due(run.step, total):
             run.validate()
         stopping = run.stop_reason()

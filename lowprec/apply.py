@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from errors import UsageError
 from lowprec.linear import LowPrecisionLinear, Place, Shared, place_problems
 from lowprec.philox import StepContext
-from lowprec.policy import GEMMS, Phase, Policy, PrecisionConfig, Slots, describe, table_to_dict, together
+from lowprec.policy import GEMMS, Phase, Policy, PrecisionConfig, Slots, describe, kept, table_to_dict, together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +65,13 @@ class Precision:
             asked = f"precision.bf16_first {config.bf16_first} and bf16_last {config.bf16_last}"
             raise UsageError(f"{asked} exceed the model's {blocks} blocks; keep fewer in BF16")
         policy = policy.with_bf16_blocks(config.bf16_first, config.bf16_last)
-        self.tables = [(0, policy.resolve(names, blocks))]
+        tables = [(0, policy.resolve(names, blocks))]
         for phase in config.schedule:
-            self._add_phase(policy, phase, facts)
+            tables.append(_phase(policy, tables[-1], phase, facts))
+        if dead := [keep for keep in config.keep if not any(keep.reaches(table) for _, table in tables)]:
+            words = "; ".join(f"{keep.match} ({', '.join(keep.gemms)})" for keep in dead)
+            raise UsageError(f"precision.keep reaches no quantized GEMM (mend or delete it): {words}")
+        self.tables = [(begin, kept(table, config.keep)) for begin, table in tables]
         self.shared = Shared(
             position=StepContext(seed=facts.seed),
             gemm_dtype=facts.gemm_dtype,
@@ -85,21 +89,12 @@ class Precision:
             if name in wanted and name in linears
         }
         self._here = list(linears)
+        self.places = facts.places
         problems = [(name, problem) for name, layer in self.layers.items() for problem in _shape_problems(layer)]
         for name, place in facts.places.items():  # of other stages, too: all ranks say the same
             problems += [(name, problem) for _, table in self.tables for problem in place_problems(table[name], place)]
         if problems:
             raise UsageError("\n".join(["the precision policy does not fit the model:", *together(problems)]))
-
-    def _add_phase(self, policy: Policy, phase: Phase, facts: RunFacts) -> None:
-        begin = phase.first_step(facts.steps, facts.tokens_per_step)
-        last, table = self.tables[-1]
-        if begin <= last or begin >= facts.steps:
-            raise UsageError(
-                f"a phase of precision.schedule begins at step {begin}; it must lie after the phase before it ({last}) "
-                f"and before train.steps ({facts.steps})"
-            )
-        self.tables.append((begin, policy.at(table, phase)))
 
     def begin_step(self, step: int) -> str | None:
         """Take the phase of `step` and quantize the weights for it; says so if other slots begin here."""
@@ -145,6 +140,11 @@ class Precision:
             state.history[0] = amax
             state.advance()
 
+    @property
+    def now(self) -> Mapping[str, Slots]:
+        """The slots of every linear of the whole model in the phase that the run is in."""
+        return self._table
+
     def forget_step(self) -> None:
         """Drop the amaxes of forwards and backwards since the last `end_step`: they were no part of training."""
         for state in self._delayed().values():
@@ -187,6 +187,19 @@ class Precision:
             for name, layer in sorted(self.layers.items())
             for kind, state in sorted(layer.delayed.items())
         }
+
+
+def _phase(
+    policy: Policy, before: tuple[int, dict[str, Slots]], phase: Phase, facts: RunFacts
+) -> tuple[int, dict[str, Slots]]:
+    """The first step and the table of a phase, from those of the one before."""
+    begin, (last, table) = phase.first_step(facts.steps, facts.tokens_per_step), before
+    if begin <= last or begin >= facts.steps:
+        raise UsageError(
+            f"a phase of precision.schedule begins at step {begin}; it must lie after the phase before it ({last}) "
+            f"and before train.steps ({facts.steps})"
+        )
+    return begin, policy.at(table, phase)
 
 
 def _swap(

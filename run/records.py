@@ -41,6 +41,7 @@ class Records:
         self._close = ExitStack()
         self._console: Console | None = None
         self._metrics: MetricsWriter | None = None
+        self._probe: MetricsWriter | None = None
         self._sinks: list[Sink] = []
         self._opened: tuple[Start, str] | None = None
         self._refuted = False
@@ -57,6 +58,8 @@ class Records:
         write_resolved(run_dir, self._recipe)
         record_start(run_dir, start, self._scale.device)
         self._metrics = self._close.enter_context(MetricsWriter(run_dir, start.step))
+        if self._recipe.probe.on:
+            self._probe = self._close.enter_context(MetricsWriter(run_dir, start.step, "probe"))
         self._sinks = open_sinks(
             config,
             run_dir,
@@ -88,6 +91,21 @@ class Records:
         if self._console and self._metrics:
             self._console.message(f"step {step}: {text}")
             self._metrics.note(kind, step, values)
+
+    def probe(
+        self,
+        step: int,
+        samples: int,
+        records: Sequence[Mapping[str, object]],
+        scalars: Mapping[str, float],
+        text: str | None,
+    ) -> None:
+        """A sample of the numerics: records for probe.jsonl, scalars for the sinks, a line for people."""
+        if self._console and self._probe:
+            self._probe.notes(step, records)
+            self._send(scalars, step, samples)
+            if text is not None:
+                self._console.message(f"step {step}: {text}")
 
     def step(self, record: StepRecord) -> None:
         if not (self._console and self._metrics):

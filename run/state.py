@@ -28,6 +28,7 @@ from recipe import Recipe, to_dict
 from report.metrics import StepRecord, ValidationRecord
 from run.evaluation import Replayed, validation_loss
 from run.local import Local, stage_layers
+from run.probing import Prober
 from run.records import Records
 from run.schedules import lr_factor
 from run.signals import StopRequest
@@ -54,9 +55,11 @@ class Run:
     validated: float | None = None
     receipted: bool = False  # whether this process has said what its first step ran in
     guard: SpikeGuard = field(init=False)
+    prober: Prober | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.guard = SpikeGuard(self.recipe.spikes)
+        self.prober = Prober(self) if self.recipe.probe.on else None
 
     @property
     def engine(self) -> Engine:
@@ -169,6 +172,11 @@ class Run:
         if self.step == self.recipe.train.stop_at:
             return f"train.stop_at={self.step}"
         return None
+
+    def probe(self) -> None:
+        """Sample the numerics, if that is due. Collective."""
+        if self.prober is not None and self.prober.due(self.step):
+            self.prober.sample(self)
 
     def validate(self) -> None:
         """Measure and record the validation loss. Collective."""
