@@ -148,6 +148,47 @@ class EvalConfig:
         return self.interval > 0 and (step % self.interval == 0 or step == last_step)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SpikesConfig:
+    """Steps that went wrong. One whose loss or gradient is not finite is skipped on all ranks, whatever this says.
+
+    on_spike:      what happens where loss, gradient norm or update norm is far above its recent values (run/spikes.py):
+                   off: nothing is looked at
+                   warn: it is said and recorded
+                   skip: the step is not applied (an update norm, known afterwards, is only said)
+                   rollback: the step is not applied; after `patience` such steps the run goes back to its newest valid
+                   checkpoint and on with the data after them
+    threshold:     robust standard deviations above the median
+    window:        steps before, whose median and spread count; a step is judged once half of them are there
+    patience:      spikes one after the other until a rollback: a single one is of the data, and was not applied
+    update_norm:   measure the norm of each update, a leading sign of spikes
+    max_skipped:   the run ends with an error after so many steps one after the other that were not applied
+    max_rollbacks: and where so many rollbacks did not get it past the step that spiked
+    diagnose:      repeat the first of such non-finite steps to name the module and GEMM that it came from
+    """
+
+    on_spike: Literal["off", "warn", "skip", "rollback"] = "warn"
+    threshold: float = 6.0
+    window: int = 128
+    patience: int = 3
+    update_norm: bool = True
+    max_skipped: int = 100
+    max_rollbacks: int = 3
+    diagnose: bool = True
+
+    def problems(self) -> list[str]:
+        found = []
+        if not self.threshold > 0:
+            found.append(f"threshold is {self.threshold}; it must be above 0 (6 is usual)")
+        if self.window < 16:
+            found.append(f"window is {self.window}; a median and a spread need at least 16 steps")
+        return found + [
+            f"{key} is {getattr(self, key)}; it must be at least 1"
+            for key in ("patience", "max_skipped", "max_rollbacks")
+            if getattr(self, key) < 1
+        ]
+
+
 def in_steps(length: float, steps: int) -> int:
     """A length of a schedule in steps: itself, or a fraction of the run if below 1."""
     return round(length * steps) if length < 1 else round(length)

@@ -28,6 +28,7 @@ from run import exits
 from run.build import build
 from run.dry_run import dry_run
 from run.environment import Launch
+from run.recovery import recover
 from run.signals import INTERRUPTED, REQUEUE, stop_with_parent
 from run.state import Run
 
@@ -37,9 +38,9 @@ def train_step(run: Run) -> StepRecord:
     began = time.perf_counter()
     lr = run.lr()
     run.begin_step()
-    losses = run.forward_backward()
-    update = run.engine.step(lr)
-    return run.finish_step(losses, lr, update, began)
+    loss = run.agree(run.forward_backward())
+    update = run.engine.step(lr, run.guard.judge(loss))
+    return run.finish_step(loss, lr, update, began)
 
 
 def train(run: Run) -> int:
@@ -47,6 +48,9 @@ def train(run: Run) -> int:
     total, config = run.recipe.train.steps, run.recipe
     while run.step < total:
         run.records.step(train_step(run))
+        if recover(run):
+            continue
+        run.probe()
         if config.eval.due(run.step, total):
             run.validate()
         stopping = run.stop_reason()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from errors import UsageError
 from lowprec.linear import LowPrecisionLinear, Place, Shared, place_problems
 from lowprec.philox import StepContext
-from lowprec.policy import GEMMS, Policy, PrecisionConfig, Slots, describe, table_to_dict, together
+from lowprec.policy import GEMMS, Phase, Policy, PrecisionConfig, Slots, describe, kept, table_to_dict, together
 
 
 class Swap(Protocol):
@@ -109,6 +109,7 @@ class Precision:
             mine = [name for name in names if name in wanted and name in linears and linears[name] is part]
             self.layers |= facts.swap(part, mine, tables, self.shared, facts.places)
         self._here = list(linears)
+        self.places = facts.places
         problems = [(name, problem) for name, layer in self.layers.items() for problem in _shape_problems(layer)]
         for name, place in facts.places.items():  # of other stages, too: all ranks say the same
             problems += [(name, problem) for _, table in self.tables for problem in place_problems(table[name], place)]
@@ -152,10 +153,22 @@ class Precision:
         if not states:
             return
         amaxes = torch.stack([state.history[0] for state in states.values()])
+        # One of a step that was not finite says nothing, and would keep the scale for as long as it is remembered.
+        amaxes = torch.where(amaxes.isfinite(), amaxes, 0.0)
         dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=group)
         for state, amax in zip(states.values(), amaxes, strict=True):
-            state.record(amax)
+            state.history[0] = amax
             state.advance()
+
+    @property
+    def now(self) -> Mapping[str, Slots]:
+        """The slots of every linear of the whole model in the phase that the run is in."""
+        return self._table
+
+    def forget_step(self) -> None:
+        """Drop the amaxes of forwards and backwards since the last `end_step`: they were no part of training."""
+        for state in self._delayed().values():
+            state.history[0] = 0.0
 
     def state(self) -> dict[str, Tensor]:
         """Live tensors that a checkpoint needs, the same on all data-parallel ranks: name -> tensor."""
@@ -208,15 +221,24 @@ def phases(
     policy = policy.with_bf16_blocks(config.bf16_first, config.bf16_last)
     tables = [(0, policy.resolve(names, blocks))]
     for phase in config.schedule:
-        begin = phase.first_step(facts.steps, facts.tokens_per_step)
-        last, table = tables[-1]
-        if begin <= last or begin >= facts.steps:
-            raise UsageError(
-                f"a phase of precision.schedule begins at step {begin}; it must lie after the phase before it ({last}) "
-                f"and before train.steps ({facts.steps})"
-            )
-        tables.append((begin, policy.at(table, phase)))
-    return tables
+        tables.append(_phase(policy, tables[-1], phase, facts))
+    if dead := [keep for keep in config.keep if not any(keep.reaches(table) for _, table in tables)]:
+        words = "; ".join(f"{keep.match} ({', '.join(keep.gemms)})" for keep in dead)
+        raise UsageError(f"precision.keep reaches no quantized GEMM (mend or delete it): {words}")
+    return [(begin, kept(table, config.keep)) for begin, table in tables]
+
+
+def _phase(
+    policy: Policy, before: tuple[int, dict[str, Slots]], phase: Phase, facts: RunFacts
+) -> tuple[int, dict[str, Slots]]:
+    """The first step and the table of a phase, from those of the one before."""
+    begin, (last, table) = phase.first_step(facts.steps, facts.tokens_per_step), before
+    if begin <= last or begin >= facts.steps:
+        raise UsageError(
+            f"a phase of precision.schedule begins at step {begin}; it must lie after the phase before it ({last}) "
+            f"and before train.steps ({facts.steps})"
+        )
+    return begin, policy.at(table, phase)
 
 
 def _shape_problems(layer: LowPrecisionLinear) -> list[str]:

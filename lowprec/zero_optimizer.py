@@ -100,6 +100,7 @@ class LowPrecisionZero(_Base):
         self.main_grads = MainGrads((lambda param: self._accumulators[self.get_param_id(param)]) if in_place else None)
         self.errors: dict[int, Tensor] = {}
         self.gradient_bytes = self.sent_bytes = 0
+        self.accept: Callable[[float], bool] | None = None
         self.tally = Tally.nothing()
         self._saturated: list[tuple[Tensor, int]] = []
         self.pieces = list(self._cut())
@@ -317,13 +318,16 @@ class LowPrecisionZero(_Base):
 
     # The step
     def step(self, closure: Callable | None = None) -> None:
-        """Norm and overflow over all ranks, clipping, update, new working weights everywhere."""
+        """Norm and overflow over all ranks, clipping, update, new working weights everywhere.
+
+        A norm that is not finite, or that `accept` refuses, leaves weights and states as they are.
+        """
         self.micro_step_id = -1
         self.gradient_bytes = max(self.gradient_bytes, self._held_gradients())
         norm = self._norm()
-        self.overflow = not math.isfinite(norm)
+        self._global_grad_norm = norm if math.isfinite(norm) else float("inf")
+        self.overflow = not math.isfinite(norm) or self.accept is not None and not self.accept(norm)
         self._update_scale(self.overflow)
-        self._global_grad_norm = float("inf") if self.overflow else norm
         if not self.overflow:
             excess = (norm + 1e-6) / self.clip_grad if self.clip_grad else 0.0
             lr = self.optimizer.param_groups[0]["lr"]

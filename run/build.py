@@ -81,7 +81,8 @@ def build(
     saver = Saver(Path(recipe.run.dir), recipe.checkpoint, announce, recipe.parallel.timeout_s)
     watchdog = Watchdog(recipe.watch, Path(recipe.run.dir), mesh.rank, recipe.parallel.timeout_s)
     run = Run(recipe, mesh, device, data, local, records, saver, stop, watchdog, Stragglers(recipe.watch, device))
-    _restore(run, start, allow_precision_change)
+    if start is not None:
+        restore(run, start, allow_precision_change=allow_precision_change)
     if mesh.rank == 0:
         _open_records(run, launch, start, resume, wandb_mode)
         run.records.message(f"peak {scale.peak}; {scale.flops_per_token / 1e6:.1f} MFLOP a token")
@@ -106,10 +107,11 @@ def _gemm_dtype(model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if chosen else model_dtype
 
 
-def _restore(run: Run, start: checkpoint.Checkpoint | None, allow_precision_change: bool) -> None:
-    """Continue from `start`: weights, optimizer states, update count, amax histories, position, random states."""
-    if start is None:
-        return
+def restore(run: Run, start: checkpoint.Checkpoint, *, allow_precision_change: bool = False) -> None:
+    """Continue from `start`: weights, optimizer states, update count, amax histories, position, random states.
+
+    Collective. The run may be fresh, or at any later step.
+    """
     if start.meta["precision"] != run.precision.table() and not allow_precision_change:
         raise CheckpointError(
             f"{start.path} was trained under another precision table ({start.meta['recipe']['precision']['policy']}, "
@@ -119,6 +121,7 @@ def _restore(run: Run, start: checkpoint.Checkpoint | None, allow_precision_chan
     run.engine.updates = start.meta["updates"]
     run.engine.refresh_weights()
     run.step, run.samples = start.step, start.meta["samples"]
+    run.guard.load(start.meta.get("spikes", {}))
     if start.meta.get("layout", run.layout()) != run.layout():
         log.warning("the checkpoint is of another layout: random states and residuals of error feedback begin anew")
         return

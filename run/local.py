@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,7 @@ def zero_plan(recipe: Recipe, mesh: Mesh, placed: Placed) -> ZeroPlan:
         shards=placed.held,
         layout=layout,
         seed=train.seed,
+        update_norm=recipe.spikes.update_norm and recipe.spikes.on_spike != "off",
     )
 
 
@@ -323,6 +325,23 @@ def should_compile(recipe: Recipe, device: torch.device) -> bool:
     if recipe.zero.stage == 3:  # gathers weights in module hooks, which a compiled region would not run
         return False
     return device.type == "cuda" or any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++"))
+
+
+@contextmanager
+def uncompiled(parts: Sequence[Transformer]) -> Iterator[None]:
+    """The blocks and the loss as `compile_parts` found them, for as long as this lasts: hooks are run."""
+    held: list[tuple[dict[str, Any], str, Any]] = []
+    for part in parts:
+        held += [(vars(block), "forward", vars(block).pop("forward", None)) for block in part.layers.values()]
+        if part.last:
+            state = vars(part.cross_entropy)
+            held.append((state, "_compiled_call_impl", state.pop("_compiled_call_impl", None)))
+    try:
+        yield
+    finally:
+        for state, key, value in held:
+            if value is not None:
+                state[key] = value
 
 
 def compile_parts(parts: Sequence[Transformer]) -> None:

@@ -43,7 +43,9 @@ class Records:
         self._close = ExitStack()
         self._console: Console | None = None
         self._metrics: MetricsWriter | None = None
+        self._probe: MetricsWriter | None = None
         self._sinks: list[Sink] = []
+        self._opened: tuple[Start, str] | None = None
         self._refuted = False
 
     @property
@@ -54,9 +56,12 @@ class Records:
     def open(self, start: Start, samples: int, wandb_mode: str) -> None:
         """Start writing at `start.step`; lines of later steps move to metrics.discarded.jsonl. Rank 0 only."""
         run_dir, config = Path(self._recipe.run.dir), self._recipe.metrics
+        self._opened = start, wandb_mode
         write_resolved(run_dir, self._recipe)
         record_start(run_dir, start, self._scale.device)
         self._metrics = self._close.enter_context(MetricsWriter(run_dir, start.step))
+        if self._recipe.probe.on:
+            self._probe = self._close.enter_context(MetricsWriter(run_dir, start.step, "probe"))
         self._sinks = open_sinks(
             config,
             run_dir,
@@ -72,9 +77,37 @@ class Records:
             open_console(run_dir, self._recipe.train.global_batch, config.log_interval, mark)
         )
 
+    def rewind(self, step: int, samples: int) -> None:
+        """Go on at an earlier step, as a start that resumes there would."""
+        if self._opened is not None:
+            start, wandb_mode = self._opened
+            self._close.close()
+            self.open(dataclasses.replace(start, step=step), samples, wandb_mode)
+
     def message(self, text: str) -> None:
         if self._console:
             self._console.message(text)
+
+    def event(self, kind: str, step: int, text: str, values: Mapping[str, object]) -> None:
+        """Something that happened to a step: for people, and as a record of this kind in metrics.jsonl."""
+        if self._console and self._metrics:
+            self._console.message(f"step {step}: {text}")
+            self._metrics.note(kind, step, values)
+
+    def probe(
+        self,
+        step: int,
+        samples: int,
+        records: Sequence[Mapping[str, object]],
+        scalars: Mapping[str, float],
+        text: str | None,
+    ) -> None:
+        """A sample of the numerics: records for probe.jsonl, scalars for the sinks, a line for people."""
+        if self._console and self._probe:
+            self._probe.notes(step, records)
+            self._send(scalars, step, samples)
+            if text is not None:
+                self._console.message(f"step {step}: {text}")
 
     def step(self, record: StepRecord) -> None:
         if not (self._console and self._metrics):
@@ -141,7 +174,7 @@ class Records:
             param_norm=norm,
             loss_scale=1.0,
             skipped=update.skipped,
-            nan=update.skipped or not math.isfinite(loss),
+            nan=not (math.isfinite(update.grad_norm) and math.isfinite(loss)),
             step_time_s=seconds,
             tokens_per_s=tokens_per_s,
             tflops=per_device * scale.flops_per_token / 1e12,
@@ -150,6 +183,7 @@ class Records:
             sent_bytes=update.sent_bytes,
             edq=update.edq,
             lost_updates=update.lost,
+            update_norm=update.update_norm,
         )
 
     def _send(self, values: Mapping[str, float], step: int, samples: int) -> None:

@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -28,9 +28,11 @@ from recipe import Recipe, to_dict
 from report.metrics import StepRecord, ValidationRecord
 from run.evaluation import Replayed, validation_loss
 from run.local import Local, stage_layers
+from run.probing import Prober
 from run.records import Records
 from run.schedules import lr_factor
 from run.signals import StopRequest
+from run.spikes import SpikeGuard
 from run.stragglers import Stragglers
 from run.watchdog import Watchdog
 
@@ -57,6 +59,12 @@ class Run:
     validated: float | None = None
     skipped: int = 0  # damaged samples that were left out since this start
     receipted: bool = False  # whether this process has said what its first step ran in
+    guard: SpikeGuard = field(init=False)
+    prober: Prober | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.guard = SpikeGuard(self.recipe.spikes)
+        self.prober = Prober(self) if self.recipe.probe.on else None
 
     @property
     def engine(self) -> Engine:
@@ -112,16 +120,8 @@ class Run:
                 losses.append(loss.cross_entropy.detach())
             return losses
 
-    def finish_step(self, losses: Sequence[Tensor], lr: float, update: StepResult, began: float) -> StepRecord:
-        """Advance the position; agree over all ranks on the loss and on stopping. `began` on perf_counter's clock."""
-        self.precision.end_step(self.mesh.stage_group)
-        if not self.receipted:
-            self.precision.check_ran()
-            self.records.receipt(self.step + 1, *self._receipt())
-            self.records.memory(self.step + 1, self.engine.memory(), self.engine.parameters)
-            self.receipted = True
-        self.step += 1
-        self.samples += self.recipe.train.global_batch
+    def agree(self, losses: Sequence[Tensor]) -> float:
+        """The mean cross-entropy of the global batch; and all ranks know whether one was asked to stop. Collective."""
         counted = losses and self.mesh.tp_rank == 0
         loss = torch.stack(list(losses)).double().mean() if counted else self._number(0.0)
         reads = self.mesh.tp_rank == self.mesh.pp_rank == 0  # the ranks beside it read the same samples
@@ -131,16 +131,29 @@ class Run:
         self.stop_agreed = bool(mine[1])
         if (skipped := int(mine[2])) > self.skipped:
             self.skipped = skipped
-            self.records.skipped(self.step, skipped)
+            self.records.skipped(self.step + 1, skipped)
+        return float(mine[0]) / self.mesh.dp
+
+    def finish_step(self, loss: float, lr: float, update: StepResult, began: float) -> StepRecord:
+        """Advance the position; `began` on perf_counter's clock. Collective."""
+        self.precision.end_step(self.mesh.stage_group)
+        if not self.receipted:
+            self.precision.check_ran()
+            self.records.receipt(self.step + 1, *self._receipt())
+            self.records.memory(self.step + 1, self.engine.memory(), self.engine.parameters)
+            self.receipted = True
+        self.step += 1
+        self.samples += self.recipe.train.global_batch
         self.watchdog.beat(self.step)
         if report := self.stragglers.step_done(self.step):
             self.records.stragglers(self.step, report)
+        self.guard.finish(loss, update)
         self.saver.poll()
         norm = self.engine.parameter_norm()
         return self.records.step_record(
             step=self.step,
             samples=self.samples,
-            loss=float(mine[0]) / self.mesh.dp,
+            loss=loss,
             lr=lr,
             update=update,
             norm=norm,
@@ -174,6 +187,11 @@ class Run:
         if self.step == self.recipe.train.stop_at:
             return f"train.stop_at={self.step}"
         return None
+
+    def probe(self) -> None:
+        """Sample the numerics, if that is due. Collective."""
+        if self.prober is not None and self.prober.due(self.step):
+            self.prober.sample(self)
 
     def validate(self) -> None:
         """Measure and record the validation loss. Collective."""
@@ -218,6 +236,7 @@ class Run:
             "data": self.data.hashes(),
             "precision": self.precision.table(),
             "layout": self.layout(),
+            "spikes": self.guard.state(),
             "gemm_dtype": str(self.precision.shared.gemm_dtype).removeprefix("torch."),
         }
         if self.recipe.resume.verify:

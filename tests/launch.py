@@ -54,15 +54,18 @@ def train(
     node_size: int | None = None,
     torchrun: bool = False,
     timeout: float = 300,
+    script: Path = ROOT / "train.py",
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; output is captured. Raises TimeoutExpired. node_size: pretend that so many ranks are on a node.
+
+    script: takes the command line instead of train.py
 
     Processes are forked from the server that has everything imported, unless the launcher itself is what is tested.
     """
     words = command(recipe, *arguments, ranks=ranks)
     if torchrun:
         return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment(), cwd=ROOT)
-    return _served(command(recipe, *arguments)[1:], ranks, node_size or ranks, timeout)
+    return _served([str(script), *command(recipe, *arguments)[2:]], ranks, node_size or ranks, timeout)
 
 
 def _served(argv: list[str], ranks: int, node_size: int, timeout: float) -> subprocess.CompletedProcess[str]:

@@ -20,6 +20,8 @@ ALLOWED = {
     "parallel": {"errors", "lowprec"},
     "report": {"errors"},
     "report.compare": {"errors", "strict_yaml", "recipe"},
+    "report.probe": {"errors", "lowprec", "report"},
+    "report.table": {"errors", "report.compare"},
     "recipe": {"errors", "sections", "strict_yaml", "data", "model", "lowprec", "parallel", "report"},
     "run": {"errors", "recipe", "sections", "data", "model", "lowprec", "parallel", "report"},
     "convert": {"errors", "recipe", "data", "model", "lowprec", "parallel", "report", "run"},
