@@ -95,6 +95,7 @@ class LowPrecisionZero(_Base):
         self.mu = 1.0 if self.payload.automatic else None
         # Micro-batches add up in our stores wherever gradients are not reduced at once.
         self.use_grad_accum_attribute = not self.partition_gradients
+        self._new_store = lambda: GradientStore(self.plan.gradients.accumulate)
         self._accumulators: dict[int, GradientStore] = defaultdict(self._new_store)
         in_place = self.use_grad_accum_attribute and self.plan.gradients.accumulate == "fp32"
         self.main_grads = MainGrads((lambda param: self._accumulators[self.get_param_id(param)]) if in_place else None)
@@ -106,9 +107,6 @@ class LowPrecisionZero(_Base):
         self.pieces = list(self._cut())
         self._by_param = {(piece.group, self._id_of[piece.fragment.name]): piece for piece in self.pieces}
         self._drop_unused_masters()
-
-    def _new_store(self) -> GradientStore:
-        return GradientStore(self.plan.gradients.accumulate)
 
     def _cut(self) -> Iterator[Piece]:
         """This rank's fragments, with fresh states."""
