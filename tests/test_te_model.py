@@ -77,7 +77,7 @@ TWO = {
     "FP8-LM": FP8_LM,
 }
 MUCH = ("precision.policy=mxfp8", "train.micro_batch=4", "optimizer.lr=3e-3")
-BF16_STEPS = 50
+STEPS = 50
 
 
 class Seen(NamedTuple):
@@ -123,9 +123,9 @@ def _pairs(cases: dict[str, tuple[str, ...]]) -> dict[str, tuple[Seen, Seen]]:
 
 def _alone(rank: int, folder: Path) -> Alone:
     pairs, build = _pairs(ALONE), layout_case.build_local
-    curves = [case("emulate", *MUCH).run(0, BF16_STEPS).losses, case("te", *MUCH).run(0, BF16_STEPS).losses]
+    curves = [case("emulate", *MUCH).run(0, STEPS).losses, case("te", *MUCH).run(0, STEPS).losses]
     layout_case.build_local = lambda recipe, mesh, device, dtype: build(recipe, mesh, device, torch.float32)
-    curves.insert(1, case("emulate", *MUCH).run(0, BF16_STEPS).losses)
+    curves.insert(1, case("emulate", *MUCH).run(0, STEPS).losses)
     layout_case.build_local = build
     return Alone(pairs, curves, _relay(folder))
 
@@ -185,7 +185,7 @@ def test_main_grad_accumulates_as_our_accumulator_does(alone):
 def test_fifty_steps_stay_within_the_noise_of_another_order_of_additions(alone):
     """Our linears again, but with FP32 GEMMs, add up the same products in another order."""
     ours, reordered, theirs = (torch.tensor(losses) for losses in alone.curves)
-    assert len(ours) == BF16_STEPS and ours[-5:].mean() < 0.8 * ours[0]
+    assert len(ours) == STEPS and ours[-5:].mean() < 0.8 * ours[0]
     noise, gap = ((other / ours - 1) for other in (reordered, theirs))
     assert gap.square().mean().sqrt() < 2 * noise.square().mean().sqrt() < 2e-2
     assert gap.mean().abs() < 3 * noise.square().mean().sqrt()
@@ -207,6 +207,19 @@ def test_ranks_that_share_a_layer_see_the_same(two):
     for name in TWO:
         one, other = (rank[name][1].outcome for rank in two)
         assert one == other, name
+
+
+def _compiled(rank: int) -> tuple[Outcome, Outcome]:
+    cases = (("precision.policy=mxfp8", "model.recompute=full", f"train.compile={word}") for word in ("true", "false"))
+    one, other = (case("te", *overrides).run(0, 2) for overrides in cases)
+    return one, other
+
+
+@pytest.mark.slow
+def test_blocks_are_compiled_around_its_layers():
+    ((compiled, plain),) = run_ranks(_compiled, 1, timeout=400)
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert compiled.norms == pytest.approx(plain.norms, rel=1e-4)
 
 
 def test_a_dry_run_says_what_its_layers_do_not_join_in():
