@@ -100,7 +100,8 @@ class PrecisionConfig:
     bf16_last:    this many last blocks stay in BF16
     keep:         linears, or GEMMs of them, that stay in BF16 (what `python -m report.probe` proposes)
     schedule:     phases with other slots, in order
-    wgrad_output: precision in which a weight gradient leaves its GEMM; it is accumulated in FP32 either way
+    wgrad_output: precision in which a weight gradient leaves its GEMM; it is accumulated in FP32 either way; with te
+                  and fp32 the GEMM adds to the accumulator itself
     pack_saved:   keep the wgrad copy of each linear's input packed (codes and scales) until the backward
     """
 

@@ -51,9 +51,10 @@ class LowPrecisionZero(_Base):
         self.mu = 1.0 if self.payload.automatic else None
         # Micro-batches add up in our stores wherever gradients are not reduced at once.
         self.use_grad_accum_attribute = not self.partition_gradients
+        self._new_store = lambda: GradientStore(self.plan.gradients.accumulate)
         self._accumulators: dict[int, GradientStore] = defaultdict(self._new_store)
         in_place = self.use_grad_accum_attribute and self.plan.gradients.accumulate == "fp32"
-        self.main_grads = MainGrads(self._accumulator if in_place else None)
+        self.main_grads = MainGrads((lambda param: self._accumulators[self.get_param_id(param)]) if in_place else None)
         self.errors: dict[int, Tensor] = {}
         self.gradient_bytes = self.sent_bytes = 0
         self.accept: Callable[[float], bool] | None = None
@@ -62,12 +63,6 @@ class LowPrecisionZero(_Base):
         self.pieces = list(self._cut())
         self._by_param = {(piece.group, self._id_of[piece.fragment.name]): piece for piece in self.pieces}
         self._drop_unused_masters()
-
-    def _accumulator(self, param: Any) -> GradientStore:
-        return self._accumulators[self.get_param_id(param)]
-
-    def _new_store(self) -> GradientStore:
-        return GradientStore(self.plan.gradients.accumulate)
 
     def _cut(self) -> Iterator[Piece]:
         """This rank's fragments, with fresh states."""

@@ -134,6 +134,8 @@ def _without_te(recipe: Recipe) -> list[str]:
             f"parallel.sp_payload is {parallel.sp_payload}, but its layers gather sequences themselves, in their own "
             "format; use exact"
         )
+    if recipe.probe.on:
+        found.append("probe is on, which watches our own linears; set probe.interval=0 and probe.te_debug=null")
     if recipe.precision.wgrad_output == "fp32" and "*" in "".join(model.blocks) and parallel.tp > model.kv_heads:
         found.append(
             "precision.wgrad_output is fp32, which its GEMMs add up themselves, but parallel.tp exceeds the key/value "

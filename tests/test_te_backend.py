@@ -32,6 +32,7 @@ def situation(policy: str = "mxfp8", size: tuple[int, int] = (256, 128), tokens:
 @pytest.fixture
 def blackwell(monkeypatch):
     """A GPU of compute capability 10.0, as the stand-in has it; `.capability` sets another."""
+    te_cpu.require()
     te_cpu.install()
     from transformer_engine.pytorch import quantization
 
@@ -157,6 +158,8 @@ def _everything(rank: int, missing: bool) -> list[str]:
 )
 def test_without_it_everything_is_emulated_and_te_says_what_to_install(missing, words):
     """In a process that has not started it: not installed, and installed without its compiled part."""
+    if not missing:
+        te_cpu.require()
     if not missing and any(each.metadata["Name"] == "transformer_engine_torch" for each in distributions()):
         pytest.skip("its compiled part is installed")
     (errors,) = run_ranks(_everything, 1, missing)

@@ -23,29 +23,23 @@ from lowprec.linear import SLOT_AXES
 from lowprec.native import native
 from lowprec.policy import Gemm, Slots
 from tests import te_cpu
-from tests.te_case import (
-    ACTIVATIONS,
+from tests.linear_truth import (
     EXACT,
     INPUTS,
     NAME,
     OUTPUTS,
     ROUNDED,
     TOKENS,
-    close,
-    custom_recipe,
     distance,
     draw,
     emulated,
     one_ulp,
-    ours,
-    outcome,
-    recipes,
-    run,
     slots_of,
-    te,
-    te_linear,
-)  # fmt: skip
+)
+from tests.te_case import ACTIVATIONS, close, custom_recipe, ours, outcome, recipes, run, te, te_linear
 from tests.te_cpu.native import specs as quantizer_specs
+
+from tests import gpu_te  # isort: skip (after the stand-in)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -262,3 +256,17 @@ def test_edits_of_the_stand_in_fail_loudly():
             te_cpu.edited(source, (("torch.Tensor().cuda()", "torch.Tensor()", 1),), "utils")
     with pytest.raises(NotImplementedError, match="te_cpu has no transformer_engine_torch.fused_attn_fwd"):
         te_cpu.tex.fused_attn_fwd()
+
+
+@pytest.mark.parametrize("check", ["custom", "own_recipes", "defects"])
+def test_the_checks_for_gpus_pass_over_the_stand_in(check, monkeypatch):
+    """So that they are known to work where a GPU is there; and that the defects that we walk around are there."""
+    monkeypatch.setattr(gpu_te, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_te, "TOKENS", 128)
+    lines = list(gpu_te.CHECKS[check]())
+    assert lines and not any("not on this GPU" in line for line in lines)
+    if check == "defects":
+        assert lines == [
+            "a recipe of the same class with other switches is ignored",
+            "is_first_microbatch=True overwrites main_grad",
+        ]

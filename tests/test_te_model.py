@@ -18,6 +18,7 @@ from tests import layout_case, te_cpu
 from tests.layout_case import Case, Outcome, recipe_of
 from tests.spawn import RankError, run_ranks
 
+te_cpu.require()
 pytestmark = pytest.mark.xdist_group("te_model")  # its fixtures are made once
 
 SMALL = (
@@ -209,13 +210,14 @@ def test_ranks_that_share_a_layer_see_the_same(two):
 
 
 def test_a_dry_run_says_what_its_layers_do_not_join_in():
-    wrong = ("train.seq_len=20", "model.ffn_size=80", "zero.stage=3")
+    wrong = ("train.seq_len=20", "model.ffn_size=80", "zero.stage=3", "probe.interval=5")
     with pytest.raises(UsageError) as error:
         dry_run(recipe_of((*SMALL, "precision.policy=mxfp8", "precision.backend=te", *wrong), 1))
     for words in (
         "a micro-batch has 40 tokens, no multiple of 32",
         "layers.{0-1}.mlp.down: 80 in features on a rank, no multiple of 32",
         "zero.stage is 3, which frees weights",
+        "probe is on, which watches our own linears",
     ):
         assert words in str(error.value)
     assert "mxfp8" in dry_run(recipe_of((*SMALL, "precision.policy=mxfp8", "precision.backend=te"), 1))

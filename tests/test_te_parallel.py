@@ -12,20 +12,9 @@ from torch import Tensor, nn
 
 from lowprec.joints import NormLinear
 from lowprec.linear import Place
+from tests.linear_truth import INPUTS, OUTPUTS, TOKENS, distance, draw, emulated, shared, slots_of
 from tests.spawn import run_ranks
-from tests.te_case import (
-    INPUTS,
-    OUTPUTS,
-    TOKENS,
-    distance,
-    draw,
-    emulated,
-    ours,
-    recipes,
-    shared,
-    slots_of,
-    te_layers,
-)  # fmt: skip
+from tests.te_case import ours, recipes, te_layers
 
 CUSTOM = ("mxfp8", "nvfp4", "mxfp4", "fp8_current", "fp8_block")
 # A rank scales by the amax of what it holds: the same numbers only where scales are powers of two.

@@ -14,19 +14,8 @@ from torch import Tensor, nn
 from lowprec.joints import Core, NormLinear, NormMLP
 from lowprec.linear import LowPrecisionLinear, Shared
 from lowprec.policy import Gemm, Slots
-from tests.te_case import (
-    INPUTS,
-    OUTPUTS,
-    TOKENS,
-    distance,
-    draw,
-    emulated,
-    one_ulp,
-    shared,
-    slots_of,
-    te,
-    te_layers,
-)  # fmt: skip
+from tests.linear_truth import INPUTS, OUTPUTS, TOKENS, distance, draw, emulated, one_ulp, shared, slots_of
+from tests.te_case import te, te_layers
 
 HIDDEN = 64
 MLP = NormMLP("norm", "mlp", "gate_up", "down", "swiglu")

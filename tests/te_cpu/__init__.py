@@ -25,6 +25,8 @@ import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import pytest
+
 from tests.te_cpu import tex
 
 VERSIONS = "2.20."
@@ -143,6 +145,14 @@ def _environment(**values: str) -> Iterator[None]:
                 del os.environ[key]
             else:
                 os.environ[key] = value
+
+
+def require() -> None:
+    """Skip what needs the wheel where it is not installed; a module, or one test."""
+    try:
+        importlib.metadata.version("transformer_engine")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("transformer_engine is not installed: pip install -e '.[test]'", allow_module_level=True)
 
 
 def install() -> types.ModuleType:
