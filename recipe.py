@@ -33,7 +33,7 @@ from model.config import ModelConfig
 from parallel.mesh import ParallelConfig, Sizes
 from parallel.saver import CheckpointConfig, ResumeConfig
 from report.metrics import MetricsConfig
-from sections import EvalConfig, RunConfig, ScheduleConfig, SpikesConfig, TrainConfig, in_steps
+from sections import EvalConfig, RunConfig, ScheduleConfig, SpikesConfig, TrainConfig, WatchConfig, in_steps
 from strict_yaml import load_yaml, merge, override
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -66,6 +66,7 @@ class Recipe:
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     spikes: SpikesConfig = field(default_factory=SpikesConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
 
@@ -236,7 +237,8 @@ def resolve(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     for assignment in overrides:
         tree = override(tree, assignment)
     recipe = from_dict(tree, str(path))
-    return dataclasses.replace(recipe, run=RunConfig(dir=recipe.run.dir.replace("{name}", recipe.name)))
+    run = dataclasses.replace(recipe.run, dir=recipe.run.dir.replace("{name}", recipe.name))
+    return dataclasses.replace(recipe, run=run)
 
 
 def policy_file(name: str) -> Path:

@@ -11,12 +11,50 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """dir: the run's directory (`{name}` is the recipe's name); metrics, log and checkpoints are written there."""
+    """Where the run writes, and when it makes way.
+
+    dir:           the run's directory (`{name}` is the recipe's name): metrics, log, checkpoints
+    stop_before_s: under Slurm: seconds before the job's end at which the run saves and stops, to be continued by the
+                   next job; more than a step and a save take
+    """
 
     dir: str = "runs/{name}"
+    stop_before_s: int = 120
 
     def problems(self) -> list[str]:
-        return [] if self.dir else ["dir is empty; name a directory"]
+        found = [] if self.dir else ["dir is empty; name a directory"]
+        if self.stop_before_s < 1:
+            found.append(f"stop_before_s is {self.stop_before_s}; it must be at least 1 second")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """What is noticed while a run goes on (run/watchdog.py, run/stragglers.py).
+
+    hang_factor:      a rank that has waited for its step for this many median steps writes down the stacks of all its
+                      threads and ends with code 124; 0: never
+    hang_least_s:     but not before so many seconds, which a save, a validation or a compilation may take
+    straggler_every:  steps between comparisons of the ranks' step times; 0: never
+    straggler_factor: a rank that takes so many times the median is named
+    """
+
+    hang_factor: float = 20.0
+    hang_least_s: float = 600.0
+    straggler_every: int = 100
+    straggler_factor: float = 1.3
+
+    def problems(self) -> list[str]:
+        found = []
+        if self.hang_factor and self.hang_factor < 2:
+            found.append(f"hang_factor is {self.hang_factor}; it must be at least 2 medians, or 0 for never")
+        if self.hang_least_s <= 0:
+            found.append(f"hang_least_s is {self.hang_least_s}; it must be above 0 seconds")
+        if self.straggler_every < 0:
+            found.append(f"straggler_every is {self.straggler_every}; use a number of steps, or 0 for never")
+        if self.straggler_factor <= 1:
+            found.append(f"straggler_factor is {self.straggler_factor}; it must be above 1")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

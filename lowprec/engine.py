@@ -6,7 +6,7 @@ It knows what DeepSpeed's objects look like but does not import them: lowprec/ze
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -152,6 +152,10 @@ class Engine:
         """
         self._by_schedule = True
         self._engine.optimizer.accumulate_by_hooks(tied, group)
+
+    def lend_main_grads(self, parameters: Iterable[Tensor], *, split: bool) -> None:
+        """Let the GEMMs of weight gradients add them up themselves; see lowprec/main_grads.py. Not at stage 3."""
+        self._engine.optimizer.main_grads.lend(parameters, split=split)
 
     def add_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Accumulate what autograd did not: a weight gradient of a split backward, as it left its GEMM."""

@@ -94,7 +94,8 @@ class PrecisionConfig:
     """Precision of the linears' GEMMs.
 
     policy:       a name in recipes/precision/ or the path of such a file
-    backend:      emulate: quantize and dequantize around BF16 GEMMs; auto: the best that is there (so far: emulate)
+    backend:      emulate: quantize and dequantize around BF16 GEMMs; te: Transformer Engine's layers, or an error with
+                  all reasons; auto: te where it has native GEMMs for every quantized linear, else emulate
     bf16_first:   this many first blocks stay in BF16
     bf16_last:    this many last blocks stay in BF16
     keep:         linears, or GEMMs of them, that stay in BF16 (what `python -m report.probe` proposes)
@@ -104,7 +105,7 @@ class PrecisionConfig:
     """
 
     policy: str = HIGH
-    backend: Literal["auto", "emulate"] = "auto"
+    backend: Literal["auto", "te", "emulate"] = "auto"
     bf16_first: int = 0
     bf16_last: int = 0
     keep: tuple[Keep, ...] = ()

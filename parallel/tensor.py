@@ -188,6 +188,8 @@ def connect(
         return
     for part in parts:
         for name, module in list(part.named_modules()):
+            if getattr(module, "communicates", False):  # by itself: another library's layer, or a part of one
+                continue
             style = style_of(name)
             if style == "columns":
                 module.skip_bias = True  # it must be added once, after the sum

@@ -30,6 +30,8 @@ from run.local import DTYPES, build_local, initial_weights
 from run.records import Records, Scale
 from run.signals import StopRequest
 from run.state import AMAX, Run, restore_random_states
+from run.stragglers import Stragglers
+from run.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ def build(
     resume: auto (the newest valid checkpoint of the run directory, if any), never, or the path of a checkpoint.
     allow_precision_change: resume under another precision table than the checkpoint's.
     """
-    stop = StopRequest()
+    stop = StopRequest(launch.end_time and launch.end_time - recipe.run.stop_before_s)
     device = choose_device(recipe.device, launch)
     keep_memory()
     use_all_cores(device, launch)
@@ -72,19 +74,24 @@ def build(
         peak=find_peak(device, gemm_dtype),
         devices=mesh.world_size,
         device=device,
+        node_size=launch.local_world_size,
     )
     records = Records(recipe, scale)
     announce = lambda path: records.message(f"saved {path}")  # noqa: E731
     saver = Saver(Path(recipe.run.dir), recipe.checkpoint, announce, recipe.parallel.timeout_s)
-    run = Run(recipe, mesh, device, data, local, records, saver, stop)
+    watchdog = Watchdog(recipe.watch, Path(recipe.run.dir), mesh.rank, recipe.parallel.timeout_s)
+    run = Run(recipe, mesh, device, data, local, records, saver, stop, watchdog, Stragglers(recipe.watch, device))
     if start is not None:
         restore(run, start, allow_precision_change=allow_precision_change)
     if mesh.rank == 0:
         _open_records(run, launch, start, resume, wandb_mode)
         run.records.message(f"peak {scale.peak}; {scale.flops_per_token / 1e6:.1f} MFLOP a token")
         run.records.message(f"precision policy {recipe.precision.policy}\n{run.precision.describe()}")
+        if local.backend is not None:
+            run.records.message(local.backend.news)
     if start is not None:
         run.prove_resume(start)
+    run.watchdog.start(run.step)
     return run
 
 
@@ -147,7 +154,7 @@ def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Itera
     """`section.key: old -> new` for each key of the recipe that differs and can change what is computed."""
     for key in sorted(old.keys() | new.keys()):
         path = f"{prefix}{key}"
-        if path in {"name", "description", "run", "metrics", "train.stop_at"}:
+        if path in {"name", "description", "run", "metrics", "watch", "train.stop_at"}:
             continue
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):

@@ -21,16 +21,18 @@ from report.manifest import Start, record_start
 from report.memory import peak_gib
 from report.metrics import MetricsWriter, StepRecord, ValidationRecord
 from report.sinks import Sink, open_sinks, step_scalars, validation_scalars
+from run.stragglers import Report
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What turns a step's time into rates. flops_per_token: training FLOPs; devices: ranks of the run."""
+    """What turns a step's time into rates. flops_per_token: training FLOPs; devices: ranks, node_size of a node."""
 
     flops_per_token: float
     peak: Peak
     devices: int
     device: torch.device
+    node_size: int = 1
 
 
 class Records:
@@ -131,6 +133,20 @@ class Records:
             self._metrics.note("memory", step, {"bytes": dict(held), "parameters": parameters})
             parts = (f"{name} {count / parameters:.3f}" for name, count in held.items() if count)
             self._console.message(f"bytes a parameter on rank 0, of {parameters:,}: {', '.join(parts)}")
+
+    def stragglers(self, step: int, report: Report) -> None:
+        """Seconds of each rank's own part of the steps up to `step`; the slow ones are named."""
+        if self._console and self._metrics:
+            seconds = [round(each, 6) for each in report.seconds]
+            self._metrics.note("stragglers", step, {"seconds": seconds, "slow": sorted(report.slow)})
+            if report.slow:
+                self._console.message(report.describe(self._scale.node_size))
+
+    def skipped(self, step: int, samples: int) -> None:
+        """So many samples were left out since this start, because their tokens are damaged (data.corrupt=skip)."""
+        if self._console and self._metrics:
+            self._metrics.note("skipped_samples", step, {"samples": samples})
+            self._console.message(f"step {step}: {samples} damaged samples left out so far, others taken instead")
 
     def validation(self, record: ValidationRecord) -> None:
         if self._console and self._metrics:

@@ -33,6 +33,8 @@ from run.records import Records
 from run.schedules import lr_factor
 from run.signals import StopRequest
 from run.spikes import SpikeGuard
+from run.stragglers import Stragglers
+from run.watchdog import Watchdog
 
 AMAX = "amax"  # kind of the tensors of delayed scaling in a checkpoint; another policy may not have them
 
@@ -49,10 +51,13 @@ class Run:
     records: Records
     saver: Saver
     signals: StopRequest
+    watchdog: Watchdog
+    stragglers: Stragglers
     step: int = 0
     samples: int = 0
     stop_agreed: bool = False
     validated: float | None = None
+    skipped: int = 0  # damaged samples that were left out since this start
     receipted: bool = False  # whether this process has said what its first step ran in
     guard: SpikeGuard = field(init=False)
     prober: Prober | None = field(init=False)
@@ -80,6 +85,7 @@ class Run:
         self.records.close()
         if error is None:
             dist.barrier()
+            self.watchdog.stop()
             dist.destroy_process_group()
 
     def lr(self) -> float:
@@ -103,23 +109,29 @@ class Run:
 
     def forward_backward(self) -> list[Tensor]:
         """All micro-batches of the next step; their cross-entropies, on ranks that have the logits."""
-        if self.local.pipeline is not None:
-            return self.local.pipeline.step(self.micro_batches())
-        losses = []
-        for row, batch in self.micro_batches():
-            self.precision.at(row)
-            loss = self.engine(batch.tokens, batch.labels, batch.positions, batch.document_ids)
-            self.engine.backward(loss.loss)
-            losses.append(loss.cross_entropy.detach())
-        return losses
+        with self.stragglers.timed():
+            if self.local.pipeline is not None:
+                return self.local.pipeline.step(self.micro_batches())
+            losses = []
+            for row, batch in self.micro_batches():
+                self.precision.at(row)
+                loss = self.engine(batch.tokens, batch.labels, batch.positions, batch.document_ids)
+                self.engine.backward(loss.loss)
+                losses.append(loss.cross_entropy.detach())
+            return losses
 
     def agree(self, losses: Sequence[Tensor]) -> float:
         """The mean cross-entropy of the global batch; and all ranks know whether one was asked to stop. Collective."""
         counted = losses and self.mesh.tp_rank == 0
         loss = torch.stack(list(losses)).double().mean() if counted else self._number(0.0)
-        mine = torch.stack([loss, self._number(self.signals.name is not None)])
+        reads = self.mesh.tp_rank == self.mesh.pp_rank == 0  # the ranks beside it read the same samples
+        skipped = len(self.data.train.skipped) if reads else 0
+        mine = torch.stack([loss, self._number(self.signals.reason is not None), self._number(skipped)])
         dist.all_reduce(mine)
         self.stop_agreed = bool(mine[1])
+        if (skipped := int(mine[2])) > self.skipped:
+            self.skipped = skipped
+            self.records.skipped(self.step + 1, skipped)
         return float(mine[0]) / self.mesh.dp
 
     def finish_step(self, loss: float, lr: float, update: StepResult, began: float) -> StepRecord:
@@ -132,6 +144,9 @@ class Run:
             self.receipted = True
         self.step += 1
         self.samples += self.recipe.train.global_batch
+        self.watchdog.beat(self.step)
+        if report := self.stragglers.step_done(self.step):
+            self.records.stragglers(self.step, report)
         self.guard.finish(loss, update)
         self.saver.poll()
         norm = self.engine.parameter_norm()
@@ -168,7 +183,7 @@ class Run:
     def stop_reason(self) -> str | None:
         """Why the run stops at this step edge, the same decision on all ranks; None to go on."""
         if self.stop_agreed:
-            return f"received {self.signals.name}" if self.signals.name else "another rank was asked to stop"
+            return self.signals.reason or "another rank was asked to stop"
         if self.step == self.recipe.train.stop_at:
             return f"train.stop_at={self.step}"
         return None
@@ -186,6 +201,7 @@ class Run:
         micro_batch = self.recipe.train.micro_batch
         self.begin_step()  # validation sees the weights as they are after the last update
         self.validated = validation_loss(self.local, stream, count, micro_batch, self.mesh, self.device)
+        self.watchdog.beat(self.step)
         tokens = self.samples * self.recipe.train.seq_len
         self.records.validation(
             ValidationRecord(step=self.step, tokens=tokens, samples=self.samples, validation_loss=self.validated)
@@ -227,6 +243,7 @@ class Run:
             count = self.recipe.train.global_batch
             meta["replay"] = {"loss": self.replay(count), "samples": count, "by": self._arithmetic()}
         self.saver.save(self.step, self.fragments(), meta, random_states(self.device) | self.engine.own_states())
+        self.watchdog.beat(self.step)
 
     def replay(self, count: int) -> float:
         """The loss of the weights as they are on the `count` sequences before the position. Collective."""
