@@ -43,7 +43,8 @@ from lowprec.optim import OptimizerConfig
 from lowprec.patching import Patch, applied
 from lowprec.policy import together
 from lowprec.updater import Updater
-from lowprec.zero_optimizer import Plan, low_precision
+from lowprec.zero_optimizer import low_precision
+from lowprec.zero_parts import Plan
 
 # DeepSpeed logs dozens of lines, some while it is imported, that say nothing about the run.
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

@@ -21,7 +21,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,52 +30,9 @@ from torch import Tensor
 from lowprec import collectives
 from lowprec.adamw import Tally
 from lowprec.collectives import Payload, next_mu, parse_payload
-from lowprec.fragments import Fragment
-from lowprec.gradients import GradientsConfig, GradientStore
+from lowprec.gradients import GradientStore
 from lowprec.main_grads import MainGrads
-from lowprec.updater import Updater
-
-
-@dataclass(kw_only=True)
-class Plan:
-    """What the optimizer is told beside DeepSpeed's own arguments.
-
-    names:    id of a parameter -> its name
-    updater:  of this rank
-    gather:   payload of the updated weights' all-gather, or "exact"
-    replicas: stage 0: the group over which gradients are averaged; else None
-    nodes:    (ranks of this node, ranks of this place on all nodes) of a reduction in two levels; else None
-    """
-
-    names: dict[int, str]
-    updater: Updater
-    gradients: GradientsConfig
-    gather: str = "exact"
-    replicas: Any = None
-    nodes: tuple[Any, Any] | None = None
-
-
-@dataclass
-class Piece:
-    """A fragment, where it lies (elements [start, stop) of the rank's partition of `group`), and its gradient."""
-
-    fragment: Fragment
-    group: int
-    start: int
-    stop: int
-    store: GradientStore
-
-
-@dataclass(frozen=True, order=True)
-class _Part:
-    """A range of a bucket that one rank owns; sorted by destination, then by place in the flat buffer."""
-
-    owner: int
-    place: int  # in the group's flat buffer
-    param_id: int = field(compare=False)
-    start: int = field(compare=False)  # in the bucket
-    size: int = field(compare=False)
-
+from lowprec.zero_parts import Part, Piece, Plan
 
 _Base: Any = object  # stands for DeepSpeed's class, of which this file knows only what it overrides
 
@@ -241,7 +197,7 @@ class LowPrecisionZero(_Base):
         return torch.cuda.stream(stream)
 
     def _reduce_bucket(self, tensor: Tensor, bucket: Any) -> None:
-        groups: dict[int, list[_Part]] = defaultdict(list)
+        groups: dict[int, list[Part]] = defaultdict(list)
         start = 0
         for group, index, param_id in bucket.params:
             size = self.bit16_groups[group][index].numel()
@@ -250,17 +206,17 @@ class LowPrecisionZero(_Base):
         for group in sorted(groups):
             self._reduce(tensor, group, sorted(groups[group]))
 
-    def _parts(self, group: int, param_id: int, start: int, size: int) -> list[_Part]:
+    def _parts(self, group: int, param_id: int, start: int, size: int) -> list[Part]:
         """The bucket's range of one parameter cut at the borders of partitions."""
         place, partition = self._places[group][param_id], int(self.partition_size[group])
         borders = [place, *range(-(-place // partition) * partition, place + size, partition), place + size]
         cuts = sorted(set(borders))
         return [
-            _Part(low // partition, low, param_id, start + low - place, high - low)
+            Part(low // partition, low, param_id, start + low - place, high - low)
             for low, high in zip(cuts, cuts[1:], strict=False)
         ]
 
-    def _reduce(self, tensor: Tensor, group: int, parts: list[_Part]) -> None:
+    def _reduce(self, tensor: Tensor, group: int, parts: list[Part]) -> None:
         dp = self.real_dp_process_group[group]
         ranks, rank = dist.get_world_size(dp), dist.get_rank(dp)
         ordered = torch.cat([tensor[part.start : part.start + part.size] for part in parts])
@@ -293,7 +249,7 @@ class LowPrecisionZero(_Base):
                 self._by_param[group, part.param_id].store.add(mine[at : at + part.size])
                 at += part.size
 
-    def _error(self, parts: list[_Part]) -> Tensor:
+    def _error(self, parts: list[Part]) -> Tensor:
         """The residual of a bucket's parts, in their order."""
         sizes = {part.param_id: self.param_dict[part.param_id].numel() for part in parts}
         for param_id, size in sizes.items():
@@ -301,11 +257,11 @@ class LowPrecisionZero(_Base):
                 self.errors[param_id] = torch.zeros(size, dtype=torch.bfloat16, device=self.device)
         return torch.cat([self.errors[part.param_id][self._within(part, parts)] for part in parts])
 
-    def _keep_error(self, parts: list[_Part], error: Tensor) -> None:
+    def _keep_error(self, parts: list[Part], error: Tensor) -> None:
         for part, piece in zip(parts, error.split([part.size for part in parts]), strict=True):
             self.errors[part.param_id][self._within(part, parts)] = piece
 
-    def _within(self, part: _Part, parts: list[_Part]) -> slice:
+    def _within(self, part: Part, parts: list[Part]) -> slice:
         """Where a part lies in its parameter."""
         first = min(each.place for each in parts if each.param_id == part.param_id)
         return slice(part.place - first, part.place - first + part.size)

@@ -93,7 +93,7 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
         raise CheckpointError(f"{path} is missing: not a checkpoint, or not a complete one") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-    if strange := [name for name in files if name != Path(name).name]:
+    if strange := [name for name in files if name == ".." or name != Path(name).name]:
         raise CheckpointError(f"{path} lists {strange[:3]}, which are not names of files beside it")
     return files
 

@@ -155,7 +155,9 @@ def render(name: str, records: Records, recent: Records, chosen: Sequence[Leg]) 
     return "\n".join([*parts, "</body></html>"])
 
 
-NOTHING = "No GEMM stands out: none has a signal below sqrt(3) times its noise, or twice the error of its kind."
+NOTHING = (
+    "No GEMM stands out: none has a signal below sqrt(3) times its noise, or 10 % and twice the error of its kind."
+)
 
 
 def summary(samples: Sequence[Mapping[str, Any]]) -> str:

@@ -89,7 +89,8 @@ class Prober:
                 high = high[0], {name: gradient.to("cpu") for name, gradient in high[1].items()}
             with self.lab.low(step, self.wanted if bounds else None) as seen:
                 low = _gradients(run, self._batch)
-        _add_up(seen, run.mesh.tp_group)
+        if run.mesh.tp > 1:
+            _add_up(seen, run)
         records: Records = []
         if whole:
             records += _operands(seen, self.lab.table) + _gemms(seen)
@@ -137,11 +138,18 @@ def _gradients(run: Run, batch: Batch) -> tuple[Tensor | None, dict[str, Tensor]
     return loss.cross_entropy.detach(), dict(zip(names, torch.autograd.grad(loss.loss, parameters), strict=True))
 
 
-def _add_up(seen: Sample, group: dist.ProcessGroup | None) -> None:
+KINDS = {"activation": "x", "weight": "w", "gradient": "dy", "output": "dy", "dgrad": "x", "wgrad": "w"}
+
+
+def _add_up(seen: Sample, run: Run) -> None:
     """Sums and maxima over the ranks that share the layers: one collective each."""
-    if group is None:
-        return
+    group, places = run.mesh.tp_group, run.precision.places
+    kinds = [(layer, SLOT_AXES[slot][0]) for layer, slot, *_ in (*seen.operands, *seen.others)]
+    kinds += [(layer, KINDS[tensor]) for layer, tensor in seen.tensors]
     whole = [*seen.operands.values(), *seen.others.values(), *seen.tensors.values()]
+    for (layer, kind), each in zip(kinds, whole, strict=True):
+        if layer not in places or kind not in places[layer].split:  # every rank has all of it
+            each.sums.div_(run.mesh.tp)
     sums = [each.sums for each in whole] + list(seen.products.values())
     maxima = [each.maxima for each in whole] + [each.view(1) for each in seen.ranges.values()]
     for tensors, how in ((sums, dist.ReduceOp.SUM), (maxima, dist.ReduceOp.MAX)):

@@ -68,8 +68,7 @@ def check(run_dir: Path, processes: int) -> int:
     return int(bool(found))
 
 
-def main(argv: Sequence[str]) -> int:
-    """Check this node, or become its agent; returns the exit code of a check that failed."""
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m slurm.node", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("run", type=Path, help="the run directory, with resolved.yaml")
     parser.add_argument("--host", required=True, help="name of the node at which the agents meet")
@@ -79,7 +78,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--per-node", required=True, type=int, help="processes")
     parser.add_argument("--restarts", required=True, type=int, help="of all workers after a crash")
     parser.add_argument("--check", action="store_true", help="this node, then that all processes reach each other")
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check this node, or become its agent; returns the exit code of a check that failed."""
+    options = parse(argv)
     if options.check and (code := check(options.run, options.per_node)):
         return code
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)

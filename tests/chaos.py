@@ -165,8 +165,12 @@ class Chaos:
 
     def close(self) -> None:
         self.nodes.end()
-        if self.mounted:
+        if self.mounted:  # what is on it is worth keeping
+            kept = self.disk.with_name("kept")
+            shutil.copytree(self.disk, kept)
             subprocess.run(["umount", "--lazy", str(self.disk)], check=True)
+            self.disk.rmdir()
+            kept.rename(self.disk)
 
     def wait(self, condition: Callable[[], object], what: str) -> None:
         end = time.monotonic() + LIMIT_S

@@ -98,7 +98,7 @@ class Cluster:
             self.run("munged", "--force", f"--socket={munge / 'socket'}", *files)
             self.run("slurmctld")
             for node in self.nodes:
-                self.run("slurmd", "-N", node)
+                self.bring_up(node)
             self.wait(lambda: self.run("sinfo", "-h", "-o", "%T").split() == ["idle"], 20)
             return self
         except BaseException:
@@ -161,7 +161,9 @@ class Cluster:
         self._end_steps(node)
 
     def bring_up(self, node: str) -> None:
-        self.run("slurmd", "-N", node)
+        """Start a node's daemon, and so its jobs, on one CPU of this machine."""
+        cpus = sorted(os.sched_getaffinity(0))
+        self.run("taskset", "--cpu-list", str(cpus[self.nodes.index(node) % len(cpus)]), "slurmd", "-N", node)
 
     def _end_steps(self, node: str) -> None:
         """Kill the processes that run jobs on a node, slurmstepd's descendants."""

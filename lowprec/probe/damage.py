@@ -7,10 +7,11 @@
 Each is the median over the samples, because stochastic rounding draws anew each time. "FP4 All the Way" (arXiv
 2505.19115) finds that training stalls where a gradient falls below sqrt(3) times its quantization noise.
 
-A leg is proposed for BF16 where its signal over noise is below sqrt(3), or its error is more than `OUTLIER` times the
-median of the same GEMM over all layers; the worst first, no more than `budget` of all quantized legs. Where weights
-fall below sqrt(3) although no leg does, the noise is everybody's: a finer format, fewer FP4 GEMMs or a larger batch
-help, a list does not. The rule is ours; the NVFP4 paper (arXiv 2509.25149) keeps 15 to 20 % of its linears.
+A leg is proposed for BF16 where its signal over noise is below sqrt(3), or its error is above `NOTICEABLE` and
+`OUTLIER` times the median of the same GEMM over all layers; the worst first, no more than `budget` of all quantized
+legs. Where weights fall below sqrt(3) although no leg does, the noise is everybody's: a finer format, fewer FP4 GEMMs
+or a larger batch help, a list does not. The rule is ours; the NVFP4 paper (arXiv 2509.25149) keeps 15 to 20 % of its
+linears.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 from lowprec.policy import GEMMS
 
 THRESHOLD = math.sqrt(3.0)
-OUTLIER = 2.0
+NOTICEABLE, OUTLIER = 0.1, 2.0
 BUDGET = 0.15
 
 
@@ -43,7 +44,7 @@ class Leg:
         """Why it should be kept in BF16; None if nothing speaks for it."""
         if self.error > 1.0 / THRESHOLD:
             return f"error {self.error:.1%}, signal below sqrt(3) times the noise"
-        if self.error > OUTLIER * self.typical:
+        if self.error > max(NOTICEABLE, OUTLIER * self.typical):
             return f"error {self.error:.1%}, {self.error / self.typical:.1f} times the median of {self.gemm}"
         return None
 
