@@ -195,7 +195,8 @@ class Chaos:
         filler = run / "filler"
         if fault == "disk":
             free = shutil.disk_usage(run).free
-            filler.write_bytes(bytes(max(0, free - 4096 * draw.randrange(4))))
+            with suppress(OSError):  # the run writes, too: full all the same
+                filler.write_bytes(bytes(max(0, free - 4096 * draw.randrange(4))))
             self.wait(lambda: len(self.nodes.ends) > ends, "the full disk to be noticed")
             filler.unlink()
         elif fault == "agent":
@@ -208,6 +209,7 @@ class Chaos:
         self.wait(lambda: self.nodes.done or _step(run) > resumed, f"a step after {fault}")
         how = self.nodes.ends[ends:] or ["restarted by torchrun"]
         self.outcomes.append(Outcome(fault, at, complete[0], resumed, how, time.monotonic() - began))
+        print(f"{len(self.outcomes)}: {self.outcomes[-1]}", file=sys.stderr, flush=True)
 
     def damage(self, newest: Path, fault: str) -> list[int]:
         """Delete a checkpoint or flip a byte of one of its files; the steps of those that are left."""

@@ -143,14 +143,19 @@ def test_cancelled_means_saved_and_gone(cluster, job, tmp_path):
 
 
 def test_an_array_of_seeds(cluster, job, tmp_path):
+    """Each task is preempted and requeued by itself."""
     run = tmp_path / "run"
-    words = ("--nodes=1", "--seeds=0,1,2", "--no-check", "train.steps=10", "checkpoint.interval=5")
+    words = ("--nodes=1", "--seeds=0,1,2", "--no-check", "train.steps=80", "checkpoint.interval=40")
     (number,) = job(tiny(tmp_path), *words)
+    cluster.wait(lambda: _has_steps(run / "seed-1", 2), LONG_S)
+    cluster.run("scancel", "--signal=USR1", f"{number}_1")
+    cluster.wait(lambda: "requeued" in _log(run), LONG_S)
     cluster.wait(lambda: cluster.state(number) == "COMPLETED COMPLETED COMPLETED", LONG_S)
     losses = [_losses(run / f"seed-{seed}") for seed in range(3)]
-    assert [len(each) for each in losses] == [10, 10, 10] and len(set(map(tuple, losses))) == 3
+    assert [len(each) for each in losses] == [80, 80, 80] and len(set(map(tuple, losses))) == 3
+    assert [_exits(run / f"seed-{seed}") for seed in range(3)] == [[0], [75, 0], [0]]
     shown = [read_status(run / f"seed-{seed}") for seed in range(3)]
-    assert [(each.state, each.step, each.checkpoint) for each in shown] == [("done", 10, 10)] * 3
+    assert [(each.state, each.step, each.checkpoint) for each in shown] == [("done", 80, 80)] * 3
 
 
 def test_a_chain_goes_on_where_the_job_before_it_stopped(cluster, job, tmp_path):
