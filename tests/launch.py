@@ -68,6 +68,11 @@ def train(
     return _served([str(script), *command(recipe, *arguments)[2:]], ranks, node_size or ranks, timeout)
 
 
+def run_script(*argv: str, ranks: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """`python *argv`, on so many ranks."""
+    return _served(list(argv), ranks, ranks, timeout)
+
+
 def _served(argv: list[str], ranks: int, node_size: int, timeout: float) -> subprocess.CompletedProcess[str]:
     """The highest exit code of all ranks, and their output one after the other."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
