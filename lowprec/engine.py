@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from lowprec.adamw import Tally
 from lowprec.fragments import Fragment
+from lowprec.payload import PAYLOADS
 from lowprec.updater import Updater
 
 
@@ -165,6 +167,36 @@ class Engine:
             gradient = gradient if changed is None else changed
         self._engine.optimizer.accumulate(parameter, gradient)
         self._touched.add(id(parameter))
+
+    @contextmanager
+    def exact_gradients(self) -> Iterator[None]:
+        """Gradients add up and travel in FP32, for as long as this lasts (stages 0 to 2)."""
+        optimizer = self._engine.optimizer
+        plan, payload, mu = optimizer.plan, optimizer.payload, optimizer.mu
+        exact = replace(plan.gradients, payload="fp32", accumulate="fp32", error_feedback=False)
+        optimizer.plan, optimizer.payload, optimizer.mu = replace(plan, gradients=exact), PAYLOADS["fp32"], None
+        stores = [piece.store for piece in optimizer.pieces]
+        for store in stores:
+            store.accumulate = exact.accumulate
+        try:
+            yield
+        finally:
+            optimizer.plan, optimizer.payload, optimizer.mu = plan, payload, mu
+            for store in stores:
+                store.accumulate = plan.gradients.accumulate
+
+    @contextmanager
+    def exact_weights(self) -> Iterator[None]:
+        """Working weights are gathered as they are instead of quantized, for as long as this lasts (stages 1 and 2)."""
+        optimizer = self._engine.optimizer
+        plan = optimizer.plan
+        optimizer.plan = replace(plan, gather="exact")
+        self.refresh_weights()
+        try:
+            yield
+        finally:
+            optimizer.plan = plan
+            self.refresh_weights()
 
     def fragments(self) -> list[Fragment]:
         """This rank's share of every logical parameter and its states, as views of live memory."""

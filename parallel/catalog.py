@@ -55,6 +55,12 @@ def by_age(root: Path) -> list[Path]:
     return sorted(steps, key=lambda path: (steps[path] > last, -steps[path]))
 
 
+def before(root: Path, step: int) -> list[Path]:
+    """Checkpoint directories in `root` of at most `step` steps, the latest first."""
+    found = {path: number for path in by_age(root) if (number := _step(path)) is not None and number <= step}
+    return sorted(found, key=lambda path: -found[path])
+
+
 def begin(root: Path, step: int) -> Path:
     """Remove what killed saves left behind and make the empty directory to write into. Raises OSError."""
     root.mkdir(parents=True, exist_ok=True)

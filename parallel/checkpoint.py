@@ -204,17 +204,17 @@ def _open(path: Path, ranks: Ranks) -> Checkpoint:
     return ranks.agree(check, describe, f"checkpoint {path} cannot be used")
 
 
-def newest(run_dir: Path, group: dist.ProcessGroup | None = None) -> Checkpoint | None:
+def newest(run_dir: Path, group: dist.ProcessGroup | None = None, *, step: int | None = None) -> Checkpoint | None:
     """The newest valid checkpoint of a run, None if it has none at all. Collective over `group`.
 
+    step: the latest one of at most so many steps instead
     A damaged one is named in the log and the next older one is taken. Raises CheckpointError if all are damaged.
     """
     ranks = Ranks.of(group)
     root = Path(run_dir) / catalog.FOLDER
     # Rank 0's view of the directory decides: another node may see a stale one.
-    candidates = ranks.agree(
-        lambda: catalog.by_age(root) if ranks.rank == 0 else [], lambda found: found[0], f"cannot read {root}"
-    )
+    look = lambda: catalog.by_age(root) if step is None else catalog.before(root, step)  # noqa: E731
+    candidates = ranks.agree(lambda: look() if ranks.rank == 0 else [], lambda found: found[0], f"cannot read {root}")
     for path in candidates:
         try:
             return _open(path, ranks)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,29 @@ def build(
     resume: auto (the newest valid checkpoint of the run directory, if any), never, or the path of a checkpoint.
     allow_precision_change: resume under another precision table than the checkpoint's.
     """
+    find = lambda: checkpoint.resolve(Path(recipe.run.dir), resume)  # noqa: E731
+    run, start = assemble(recipe, launch, find, allow_precision_change=allow_precision_change)
+    if run.mesh.rank == 0:
+        _open_records(run, launch, start, resume, wandb_mode)
+        peak, flops = run.records.scale.peak, run.records.scale.flops_per_token
+        run.records.message(f"peak {peak}; {flops / 1e6:.1f} MFLOP a token")
+        run.records.message(f"precision policy {recipe.precision.policy}\n{run.precision.describe()}")
+        if run.local.backend is not None:
+            run.records.message(run.local.backend.news)
+    if start is not None:
+        run.prove_resume(start)
+    run.watchdog.start(run.step)
+    return run
+
+
+def assemble(
+    recipe: Recipe,
+    launch: Launch,
+    find: Callable[[], checkpoint.Checkpoint | None],
+    *,
+    allow_precision_change: bool = False,
+) -> tuple[Run, checkpoint.Checkpoint | None]:
+    """A run that stands where the checkpoint of `find` does, or at its start, and writes nothing yet. Collective."""
     stop = StopRequest(launch.end_time and launch.end_time - recipe.run.stop_before_s)
     device = choose_device(recipe.device, launch)
     keep_memory()
@@ -61,7 +84,7 @@ def build(
     _check_validation(recipe, data)
     join(device, launch, recipe.parallel.timeout_s)
     mesh = build_mesh(recipe.parallel)
-    start = checkpoint.resolve(Path(recipe.run.dir), resume)
+    start = find()
     # A resumed run multiplies as before: another order of additions would not be bit-equal.
     saved = start.meta.get("gemm_dtype") if start is not None and device.type == "cpu" else None
     gemm_dtype = getattr(torch, saved) if saved else _gemm_dtype(DTYPES[recipe.model.dtype], device)
@@ -83,16 +106,7 @@ def build(
     run = Run(recipe, mesh, device, data, local, records, saver, stop, watchdog, Stragglers(recipe.watch, device))
     if start is not None:
         restore(run, start, allow_precision_change=allow_precision_change)
-    if mesh.rank == 0:
-        _open_records(run, launch, start, resume, wandb_mode)
-        run.records.message(f"peak {scale.peak}; {scale.flops_per_token / 1e6:.1f} MFLOP a token")
-        run.records.message(f"precision policy {recipe.precision.policy}\n{run.precision.describe()}")
-        if local.backend is not None:
-            run.records.message(local.backend.news)
-    if start is not None:
-        run.prove_resume(start)
-    run.watchdog.start(run.step)
-    return run
+    return run, start
 
 
 def _check_validation(recipe: Recipe, data: Data) -> None:

@@ -39,7 +39,7 @@ class Records:
     """metrics.jsonl, log lines or live display, sinks, manifest; open on rank 0, a no-op elsewhere."""
 
     def __init__(self, recipe: Recipe, scale: Scale):
-        self._recipe, self._scale = recipe, scale
+        self._recipe, self.scale = recipe, scale
         self._close = ExitStack()
         self._console: Console | None = None
         self._metrics: MetricsWriter | None = None
@@ -51,14 +51,14 @@ class Records:
     @property
     def peak_flops(self) -> float:
         """Peak FLOP/s of one device, which MFU refers to."""
-        return self._scale.peak.flops
+        return self.scale.peak.flops
 
     def open(self, start: Start, samples: int, wandb_mode: str) -> None:
         """Start writing at `start.step`; lines of later steps move to metrics.discarded.jsonl. Rank 0 only."""
         run_dir, config = Path(self._recipe.run.dir), self._recipe.metrics
         self._opened = start, wandb_mode
         write_resolved(run_dir, self._recipe)
-        record_start(run_dir, start, self._scale.device)
+        record_start(run_dir, start, self.scale.device)
         self._metrics = self._close.enter_context(MetricsWriter(run_dir, start.step))
         if self._recipe.probe.on:
             self._probe = self._close.enter_context(MetricsWriter(run_dir, start.step, "probe"))
@@ -72,7 +72,7 @@ class Records:
         )
         for sink in self._sinks:
             self._close.callback(sink.close)
-        mark = "*" if self._scale.peak.guessed else ""
+        mark = "*" if self.scale.peak.guessed else ""
         self._console = self._close.enter_context(
             open_console(run_dir, self._recipe.train.global_batch, config.log_interval, mark)
         )
@@ -117,7 +117,7 @@ class Records:
         self._send(step_scalars(record, self._recipe.train.global_batch), record.step, record.samples)
         if record.mfu is None and not self._refuted:
             self._refuted = True
-            self._console.message(self._scale.peak.refuted_by(record.tflops * 1e12) or "")
+            self._console.message(self.scale.peak.refuted_by(record.tflops * 1e12) or "")
 
     def receipt(self, step: int, gemms: Mapping[str, int], unquantized: Sequence[str]) -> None:
         """What the GEMMs of this process' first step really ran in, and the linears that are not quantized at all."""
@@ -140,7 +140,7 @@ class Records:
             seconds = [round(each, 6) for each in report.seconds]
             self._metrics.note("stragglers", step, {"seconds": seconds, "slow": sorted(report.slow)})
             if report.slow:
-                self._console.message(report.describe(self._scale.node_size))
+                self._console.message(report.describe(self.scale.node_size))
 
     def skipped(self, step: int, samples: int) -> None:
         """So many samples were left out since this start, because their tokens are damaged (data.corrupt=skip)."""
@@ -161,7 +161,7 @@ class Records:
         self, *, step: int, samples: int, loss: float, lr: float, update: StepResult, norm: float, seconds: float
     ) -> StepRecord:
         """The record of one step, rates and memory included."""
-        train, scale = self._recipe.train, self._scale
+        train, scale = self._recipe.train, self.scale
         tokens_per_s = train.global_batch * train.seq_len / seconds
         per_device = tokens_per_s / scale.devices
         return StepRecord(

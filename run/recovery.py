@@ -36,6 +36,7 @@ def recover(run: Run) -> bool:
         _say_spike(run)
     if guard.nonfinite:
         _say_fault(run, find_fault(run) if config.diagnose and guard.nonfinite == 1 else None)
+        run.watchdog.beat(run.step)
     if guard.unapplied >= config.max_skipped:
         raise UserError(
             f"{guard.unapplied} steps in a row were not applied, up to step {run.step} (spikes.max_skipped); "
@@ -131,6 +132,7 @@ def _roll_back(run: Run) -> bool:
     restore(run, start)
     dropped, run.samples = samples - run.samples, samples
     run.records.rewind(run.step, run.samples)
+    run.watchdog.beat(run.step)
     text = f"rolled back from step {spiked}; the {dropped} samples since are left out"
     run.records.event("rollback", run.step, text, {"from": spiked, "samples_left_out": dropped, "z": z})
     return True

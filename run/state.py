@@ -134,20 +134,24 @@ class Run:
             self.records.skipped(self.step + 1, skipped)
         return float(mine[0]) / self.mesh.dp
 
-    def finish_step(self, loss: float, lr: float, update: StepResult, began: float) -> StepRecord:
-        """Advance the position; `began` on perf_counter's clock. Collective."""
+    def advance(self, loss: float, update: StepResult) -> None:
+        """The step is done: the position, amax histories and what spikes are judged by. Collective."""
         self.precision.end_step(self.mesh.stage_group)
-        if not self.receipted:
-            self.precision.check_ran()
-            self.records.receipt(self.step + 1, *self._receipt())
-            self.records.memory(self.step + 1, self.engine.memory(), self.engine.parameters)
-            self.receipted = True
         self.step += 1
         self.samples += self.recipe.train.global_batch
+        self.guard.finish(loss, update)
+
+    def finish_step(self, loss: float, lr: float, update: StepResult, began: float) -> StepRecord:
+        """Advance the position; `began` on perf_counter's clock. Collective."""
+        self.advance(loss, update)
+        if not self.receipted:
+            self.precision.check_ran()
+            self.records.receipt(self.step, *self._receipt())
+            self.records.memory(self.step, self.engine.memory(), self.engine.parameters)
+            self.receipted = True
         self.watchdog.beat(self.step)
         if report := self.stragglers.step_done(self.step):
             self.records.stragglers(self.step, report)
-        self.guard.finish(loss, update)
         self.saver.poll()
         norm = self.engine.parameter_norm()
         return self.records.step_record(
@@ -192,6 +196,7 @@ class Run:
         """Sample the numerics, if that is due. Collective."""
         if self.prober is not None and self.prober.due(self.step):
             self.prober.sample(self)
+            self.watchdog.beat(self.step)
 
     def validate(self) -> None:
         """Measure and record the validation loss. Collective."""

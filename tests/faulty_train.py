@@ -1,6 +1,7 @@
 """train.py with one GEMM that goes wrong: `faulty=RANK,MODULE,GEMM,STEP,FACTOR` among its arguments, then as usual.
 
-In that step (counted from 0) the first number of every product of this GEMM is multiplied by FACTOR (nan, 1e6, ...).
+In that step (counted from 0) the first number of every product of this GEMM is multiplied by FACTOR (nan, 1e6, ...), if
+its first operand is quantized. `bisect RUN STEP ...` runs report.bisect instead, with the same fault.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
+import report.bisect
 import train
 from lowprec.linear import LowPrecisionLinear
 
@@ -19,7 +21,8 @@ def plant(fault: str, rank: int) -> None:
 
     def multiply(self, name, a, b, bias=None):  # noqa: ANN001
         product = right(self, name, a, b, bias)
-        if (rank, self.name, name, self.shared.position.step) == (int(where), module, gemm, int(step)):
+        here = (rank, self.name, name, self.shared.position.step) == (int(where), module, gemm, int(step))
+        if here and self.specs[f"{gemm}.a"] is not None:
             product[0, 0] *= float(factor)
         return product
 
@@ -30,4 +33,5 @@ if __name__ == "__main__":
     faults = [word for word in sys.argv if word.startswith("faulty=")]
     for word in faults:
         plant(word.partition("=")[2], int(os.environ["RANK"]))
-    sys.exit(train.main([word for word in sys.argv[1:] if word not in faults]))
+    words = [word for word in sys.argv[1:] if word not in faults]
+    sys.exit(report.bisect.main(words[1:]) if words[0] == "bisect" else train.main(words))

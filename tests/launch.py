@@ -71,6 +71,11 @@ def train(
     return _served([str(script), *command(recipe, *arguments)[2:]], ranks, node_size or ranks, timeout, more)
 
 
+def run_script(*argv: str, ranks: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """`python *argv`, on so many ranks."""
+    return _served(list(argv), ranks, ranks, timeout, [{}] * ranks)
+
+
 def _served(
     argv: list[str], ranks: int, node_size: int, timeout: float, more: Sequence[Mapping[str, str]]
 ) -> subprocess.CompletedProcess[str]:

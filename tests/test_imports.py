@@ -21,6 +21,7 @@ ALLOWED = {
     "report": {"errors"},
     "report.compare": {"errors", "strict_yaml", "recipe"},
     "report.probe": {"errors", "lowprec", "report"},
+    "report.bisect": {"errors", "lowprec", "parallel", "run", "train"},
     "report.table": {"errors", "report.compare"},
     "recipe": {"errors", "sections", "strict_yaml", "data", "model", "lowprec", "parallel", "report"},
     "run": {"errors", "recipe", "sections", "data", "model", "lowprec", "parallel", "report"},
