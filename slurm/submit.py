@@ -220,6 +220,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]
     return options, sbatch_options, overrides
 
 
+def _choice(sizes: Sequence[int]) -> str:
+    return " or ".join(map(str, sizes))
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -236,14 +240,14 @@ def main(argv: Sequence[str]) -> int:
         report = refuse_what_does_not_fit(plan.recipe, plan.nodes * plan.per_node)
         if options.dry_run:
             print(report)
-            print(f"nodes that it can use: {', '.join(map(str, plan.sizes))}, {plan.per_node} processes each")
+            print(f"nodes that it can use: {_choice(plan.sizes)}, with {plan.per_node} processes each")
             for _, each in plan.runs:
                 print(f"run directory {each.run.dir}")
             for link, words in enumerate(commands(plan, options, sbatch_options, plan.root / "code" / "HASH")):
                 print(shlex.join(after(words, "JOB") if link else words))
             return 0
         for number in submit(plan, options, sbatch_options):
-            print(f"job {number}: {plan.root}")
+            print(f"job {number}: {plan.root}" + (f", on {_choice(plan.sizes)} nodes" if plan.sizes[1:] else ""))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -42,7 +42,7 @@ from tests.launch import ROOT, environment, steps, tiny, train
 
 FAULTS = ("kill", "stop", "agent", "disk", "delete", "flip")
 WEIGHTS = (6, 1, 2, 2, 2, 2)  # a rank that stands still takes a minute to be noticed and ended
-STEPS_EACH = 30
+STEPS_EACH = 15
 LIMIT_S = 600  # for a run to go on after a fault
 KEYS = (
     "checkpoint.interval=2",
