@@ -17,6 +17,7 @@ together on rank 0, which writes RUN/probe.jsonl, one JSON object a line:
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -51,7 +52,7 @@ class Prober:
 
     def __init__(self, run: Run) -> None:
         config, precision = run.recipe.probe, run.precision
-        self.config = config
+        self.config, self.gradients = config, config.gradients
         table = None
         if config.policy is not None:
             blocks, ends = run.recipe.model.num_layers, run.recipe.precision
@@ -63,10 +64,14 @@ class Prober:
         if config.te_debug is not None:
             names = list(precision.now)  # of the whole model: a section may be about another pipeline stage
             self.bounds, self.wanted = bind(_requests(config.te_debug), names, self.lab.table)
-        elif not any(slots.quantized for slots in self.lab.table.values()):
+        if config.interval and not any(slots.quantized for slots in self.lab.table.values()):
             raise UsageError(
                 f"probe.interval is {config.interval}, but policy {run.recipe.precision.policy} quantizes nothing; set "
                 "probe.policy to look at what another one would do, or probe.interval=0"
+            )
+        if dead := [glob for glob in config.layers if not fnmatch.filter(precision.now, glob)]:
+            raise UsageError(
+                f"probe.layers {dead} match no linear; they are called {', '.join(list(precision.now)[:4])}, ..."
             )
         self._here = {name for part in run.local.parts for name, _ in part.named_modules()}
         self._batch = _held(run)
@@ -83,7 +88,7 @@ class Prober:
         bounds = [bound for bound in self.bounds if bound.when.due(step)]
         with uncompiled(run.local.parts):
             high = None
-            if whole and self.config.gradients:
+            if whole and self.gradients:
                 with self.lab.high():
                     high = _gradients(run, self._batch)
                 high = high[0], {name: gradient.to("cpu") for name, gradient in high[1].items()}
@@ -93,10 +98,9 @@ class Prober:
             _add_up(seen, run)
         records: Records = []
         if whole:
-            records += _operands(seen, self.lab.table) + _gemms(seen)
-        records += [
-            {"kind": "te", "name": bound.name, "value": bound.read(seen)} for bound in bounds if self._is_here(bound)
-        ]
+            records += [r for r in _operands(seen, self.lab.table) + _gemms(seen) if r["layer"] in self.lab.chosen]
+        mine = [bound for bound in bounds if bound.layer in self._here]
+        records += [{"kind": "te", "name": bound.name, "value": bound.read(seen)} for bound in mine]
         compared = {} if high is None else _compared(run, high[1], low[1])
         records += [{"kind": "gradient", "parameter": name, **_ratios(sums)} for name, sums in compared.items()]
         everyone: list[Any] = [(records, list(compared.values()), _number(low[0]), _number(high and high[0]))]
@@ -108,9 +112,6 @@ class Prober:
             merged = [record for found, *_ in everyone for record in found]
             lines = [*([summary] if summary else []), *merged]
             run.records.probe(step, run.samples, lines, _scalars(merged), _say(merged, summary))
-
-    def _is_here(self, bound: Bound) -> bool:
-        return bound.layer in self._here
 
 
 def _requests(path: str) -> Any:

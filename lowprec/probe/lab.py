@@ -64,6 +64,7 @@ class Wanted:
     tensors: frozenset[tuple[str, str]] = frozenset()
     ranges: frozenset[tuple[str, str, int, int]] = frozenset()
     others: Mapping[tuple[str, str, str], Any] = field(default_factory=dict)  # -> QuantSpec
+    layers: frozenset[str] = frozenset()  # of which anything is asked for
 
 
 class Observed(LowPrecisionLinear):
@@ -223,8 +224,8 @@ class Lab:
                 observed.use(table[name])
             if self._table is None and isinstance(module, LowPrecisionLinear):
                 observed.delayed = module.delayed
-            observed.sample = sample if name in self.chosen else Sample()
             observed.wanted = wanted or Wanted()
+            observed.sample = sample if name in self.chosen or name in observed.wanted.layers else Sample()
         with self._in_place({name: observed for name, (_, observed) in self._linears.items()}):
             yield sample
         for _, observed in self._linears.values():

@@ -13,6 +13,7 @@ underflow, whose share is of the numbers that are not zero, as in its LogNvfp4Te
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from lowprec.quantized import Operand, QuantizedTensor, block_of, post_scale
 
 OCTAVES = 256  # [0] zero scales; [k + 128] scales of [2^k, 2^(k+1)) for k = -127 .. 127
 _SUMS = ("count", "nonzero", "underflow", "overflow", "square", "error")
+_PART = 1 << 16  # elements
 _SLACK = 1.0 + 2.0**-20  # 1 / (max / amax) may round below amax / max
 
 
@@ -40,20 +42,20 @@ class OperandSums:
         spec, count = packed.spec, x.numel()
         if spec.hadamard:
             x = rotate(x, sign_vector(spec.hadamard, spec.signs, key, x.device), packed.axis)
-        x = x.float()
-        q = found.values.float() if found.scale is None else found.values.float() * found.scale
-        occupied = x != 0
         scales = packed.block_scales().float()
-        numbers = (
-            occupied.sum(),
-            ((q == 0) & occupied).sum(),
-            _overflows(x, packed, scales),
-            torch.linalg.vector_norm(x).double().square(),
-            torch.linalg.vector_norm(q - x).double().square(),
-        )
-        sums = torch.stack([x.new_tensor(count, dtype=torch.float64), *(n.double() for n in numbers)])
-        extremes = (x.abs().amax(), scales.amax(), -scales.amin())
-        return cls(torch.cat([sums, _octaves(scales)]), torch.stack([e.double() for e in extremes]))
+        limits, (down, across) = _limits(packed, scales, x.shape)
+        # Parts whose temporaries stay in a processor's cache; whole rows of blocks.
+        each = len(x) if x.is_cuda else max(1, _PART // (x.shape[1] * down)) * down
+        parts: list[Tensor] = []
+        for start in range(0, len(x), each):
+            here = slice(start, start + each)
+            scale = found.scale if found.scale is None or found.scale.ndim < 2 else found.scale.expand(len(x), -1)[here]
+            q = found.values[here].float() if scale is None else found.values[here].float() * scale
+            parts.append(_numbers(x[here].float(), q, limits[start // down : (start + each) // down + 1], down, across))
+        numbers = torch.stack(parts)
+        sums = torch.cat([numbers.new_tensor([count]), numbers[:, :-1].sum(0), _octaves(scales)])
+        extremes = (numbers[:, -1].amax(), scales.amax(), -scales.amin())
+        return cls(sums, torch.stack([extreme.double() for extreme in extremes]))
 
     def record(self) -> dict[str, object]:
         """JSON-able statistics."""
@@ -74,18 +76,36 @@ class OperandSums:
         }
 
 
-def _overflows(x: Tensor, packed: QuantizedTensor, scales: Tensor) -> Tensor:
-    """How many numbers of the (rotated) matrix lie beyond what their block reaches."""
-    spec, (rows, cols) = packed.spec, x.shape
-    post = post_scale(spec, packed.amax, x.device)
+def _limits(packed: QuantizedTensor, scales: Tensor, shape: Sequence[int]) -> tuple[Tensor, tuple[int, int]]:
+    """The largest number that each block of the matrix reaches, [row blocks, column blocks], and a block's sides.
+
+    A block that has all rows is cut into single ones.
+    """
+    spec = packed.spec
+    post = post_scale(spec, packed.amax, scales.device)
     limits = scales * (spec.format.max * _SLACK)
     if post is not None:
         limits = limits * (post[:, None] if post.ndim else post)
     limits = limits.T if packed.axis == 0 else limits
-    down, across = block_of(spec, packed.axis, rows, cols)
-    x = torch.nn.functional.pad(x, (0, -cols % across, 0, -rows % down))
-    blocks = x.view(len(limits), down, limits.shape[1], across)
-    return (blocks.abs() > limits[:, None, :, None]).sum()
+    down, across = block_of(spec, packed.axis, *shape)
+    return (limits.expand(shape[0], -1), (1, across)) if len(limits) == 1 else (limits, (down, across))
+
+
+def _numbers(x: Tensor, q: Tensor, limits: Tensor, down: int, across: int) -> Tensor:
+    """float64 [6]: those of _SUMS but the count, and the amax, of some rows of blocks. A zero quantizes to zero."""
+    size, nonzero = x.abs(), torch.count_nonzero(x)
+    blocks = torch.nn.functional.pad(size, (0, -x.shape[1] % across, 0, -len(x) % down))
+    blocks = blocks.view(-1, down, limits.shape[1], across)
+    limits = limits[: len(blocks)]
+    numbers = (
+        nonzero,
+        nonzero - torch.count_nonzero(q),
+        (blocks > limits[:, None, :, None]).sum(),
+        torch.linalg.vector_norm(x).double().square(),
+        torch.linalg.vector_norm(q - x).double().square(),
+        size.amax(),
+    )
+    return torch.stack([number.double() for number in numbers])
 
 
 def _octaves(scales: Tensor) -> Tensor:

@@ -250,7 +250,7 @@ def bind(requests: Sequence[Request], names: Sequence[str], table: Mapping[str, 
                 f"{request.where}: {request.stat} of {request.tensor}: none of the {len(reached)} layers quantizes it "
                 "so; choose a statistic of the policy's own format, or one with a recipe's name (mxfp8_mse)"
             )
-    return bounds, Wanted(frozenset(tensors), frozenset(ranges), others)
+    return bounds, Wanted(frozenset(tensors), frozenset(ranges), others, frozenset(bound.layer for bound in bounds))
 
 
 def _bound(request: Request, layer: str, read: Callable[[Sample], float | None]) -> Bound:
