@@ -63,7 +63,7 @@ def test_no_source_runs_a_shell_or_unpickles_freely():
         r"os\.system",
         r"os\.popen",
         r"pickle\.loads?\(",
-        r"yaml\.\w*load\(",
+        r"yaml\.(?!safe_load)\w*load\w*\(",
         r"(?<![.\w])(?:eval|exec)\(",
     ]
     free = re.compile("|".join(words))
