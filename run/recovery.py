@@ -121,15 +121,16 @@ def _judge(findings: list[Finding | None], *, finite: bool) -> Fault:
 
 
 def _roll_back(run: Run) -> bool:
-    """To the newest valid checkpoint, and on with the data after the step that spiked; false if there is none."""
+    """To the newest valid checkpoint before the spikes, and on with the data after them; false if there is none."""
     run.saver.finish()
-    start = checkpoint.newest(Path(run.recipe.run.dir))
+    start = checkpoint.newest(Path(run.recipe.run.dir), step=run.step - run.guard.spiking)
     if start is None:
         run.records.message("no checkpoint to roll back to yet; the run goes on without this step")
         return False
     run.guard.roll_back(run.step)
     spiked, samples, z = run.step, run.samples, dict(run.guard.spikes)
-    restore(run, start)
+    restore(run, start, allow_precision_change=True)  # which was allowed if the run's own checkpoint is of another
+    run.guard.spiking = 0
     dropped, run.samples = samples - run.samples, samples
     run.records.rewind(run.step, run.samples)
     run.watchdog.beat(run.step)
