@@ -1,8 +1,9 @@
 """After a step that went wrong: say what, name who made it, perhaps go back to a checkpoint. Collective over all ranks.
 
 A step that is not finite is repeated once with a watch on every module (lowprec/watch.py): weights, data and random
-bits are those of the step, so what made the number makes it again, and nothing is paid for in good times. One that is
-finite the second time was no fault of the numbers: memory, a link, or another order of additions.
+bits are those of the step (only scales of an amax history have moved on), so what made the number makes it again, and
+nothing is paid for in good times. One that is finite the second time was no fault of the numbers: memory, a link, or
+another order of additions.
 
 Of the ranks that found something, those are left out that were given it by another pipeline stage; of the others the
 earliest counts, then the lowest rank. Gradients that are finite everywhere and yet not after their reduction were made
