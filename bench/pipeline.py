@@ -34,25 +34,26 @@ from recipe import Recipe, load
 from run.local import build_local, initial_weights
 
 RANKS = 2
-METHODS = {"F": "forward_one_chunk", "I": "backward_one_chunk", "W": "backward_weight_one_chunk"}
+METHODS = {"F": "forward_one_chunk", "B": "backward_one_chunk", "W": "backward_weight_one_chunk"}
 
 
 class Timers:
-    """Seconds of each stage's work, by kind: F forward, I backward up to the input (or all of it), W weights."""
+    """Seconds of each stage's work, by kind: F forward; B all of the backward; I its input's part, W its weights'."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.seconds: dict[tuple[int, str], list[float]] = defaultdict(list)
         for stage in pipeline.stages:
             for kind, name in METHODS.items():
-                setattr(stage, name, self._timed(getattr(stage, name), (stage.stage_index, kind)))
+                setattr(stage, name, self._timed(getattr(stage, name), stage.stage_index, kind))
 
-    def _timed(self, function: Callable[..., Any], key: tuple[int, str]) -> Callable[..., Any]:
+    def _timed(self, function: Callable[..., Any], stage: int, kind: str) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds[key].append(time.perf_counter() - start)
+                part = "I" if kind == "B" and not kwargs.get("full_backward", True) else kind
+                self.seconds[stage, part].append(time.perf_counter() - start)
 
         return timed
 
@@ -60,14 +61,11 @@ class Timers:
     def busy(self) -> float:
         return sum(map(sum, self.seconds.values()))
 
-    def medians(self) -> dict[int, tuple[float, float, float]]:
-        stages = {stage for stage, _ in self.seconds}
-        return {
-            stage: tuple(  # pyright: ignore[reportReturnType]
-                statistics.median(self.seconds[stage, kind]) if self.seconds[stage, kind] else 0.0 for kind in "FIW"
-            )
-            for stage in stages
-        }
+    def medians(self) -> dict[int, Times]:
+        """Of each stage. A backward that is never split counts as its input's part."""
+        found = {key: statistics.median(seconds) for key, seconds in self.seconds.items()}
+        stages = {stage for stage, _ in found}
+        return {s: Times(found[s, "F"], found.get((s, "I")) or found[s, "B"], found.get((s, "W"), 0.0)) for s in stages}
 
 
 def measure(rank: int, options: argparse.Namespace) -> Figures:
@@ -108,7 +106,7 @@ def _compare(recipe: Recipe, micro_batches: int, walls: list[float], busy: float
     everyone: list[Any] = [None] * RANKS
     dist.all_gather_object(everyone, (busy, timers.medians()))
     medians = {stage: times for _, found in everyone for stage, times in found.items()}
-    times = [Times(*medians[stage]) for stage in range(recipe.parallel.stages)]
+    times = [medians[stage] for stage in range(recipe.parallel.stages)]
     virtual = recipe.parallel.stages // RANKS
     ideal = (RANKS - 1) / (virtual * micro_batches + RANKS - 1)
     return {

@@ -22,13 +22,13 @@ import errno
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from errors import UserError
+from errors import UsageError, UserError
 
 PPL_LOSS_LIMIT = 20.0  # perplexity is exp(min(loss, 20)), as in Megatron-LM: exp(710) has no float
 
@@ -223,6 +223,23 @@ def _discard_after(path: Path, start_step: int) -> int:
             "or mend the permissions, then start again: no line is lost"
         ) from error
     return len(dropped)
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of a file of JSON lines that a run writes, in order; not the last line if a kill tore it.
+
+    Raises UsageError for another line that is none.
+    """
+    lines = path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError:  # UnicodeDecodeError and JSONDecodeError
+            record = None
+        if isinstance(record, dict):
+            yield record
+        elif number < len(lines):
+            raise UsageError(f"{path}:{number} is not a JSON object; delete the line")
 
 
 def _sync(file: BinaryIO) -> None:

@@ -8,7 +8,6 @@ samples.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections import defaultdict
@@ -23,6 +22,7 @@ from rich.table import Table
 from errors import UsageError, UserError
 from lowprec.probe.damage import BUDGET, THRESHOLD, Leg, Weight, as_yaml, legs, proposal, shown, weights
 from report.heatmap import Scale, heatmap
+from report.metrics import read_records
 
 STYLE = Path(__file__).with_name("probe.css")
 SHOWN = 12  # rows of a table
@@ -34,18 +34,11 @@ def read(run: Path) -> Records:
     """The records of RUN/probe.jsonl, in order. Raises UsageError where there are none."""
     path = run / "probe.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        records = list(read_records(path))
     except OSError as error:
         raise UsageError(
             f"cannot read {path}: {error.strerror}; set probe.interval in the recipe to get samples"
         ) from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):  # the last one may be torn by a kill
-                raise UsageError(f"{path}:{number} is not JSON; delete the line") from None
     if not any(record["kind"] == "gemm" for record in records):
         raise UsageError(f"{path} has no samples of quantized GEMMs; set probe.interval, and a policy that quantizes")
     return records

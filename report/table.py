@@ -24,6 +24,7 @@ from report.compare.curves import Curve
 from report.compare.limits import Limit
 from report.compare.pairing import pair
 from report.compare.readers import read_curve
+from report.metrics import read_records
 
 BEGIN, END = "<!-- report.table: begin -->", "<!-- report.table: end -->"
 HEAD = "| recipe | hardware | tokens/s | bytes a parameter | loss gap, 95 % interval |\n|---|---|---|---|---|\n"
@@ -93,8 +94,7 @@ def gap_with_interval(baselines: Sequence[Curve], candidates: Sequence[Curve]) -
 def bytes_a_parameter(runs: Sequence[Path]) -> float:
     """What rank 0 of the first run that has a record measured after its first step. Raises UsageError if none has."""
     for run in runs:
-        for line in (run / "metrics.jsonl").read_text().splitlines():
-            record = json.loads(line)
+        for record in read_records(run / "metrics.jsonl"):
             if record.get("kind") == "memory":
                 return sum(record["bytes"].values()) / record["parameters"]
     raise UsageError(f"{runs[0]} has no record of memory; every run of this version writes one after its first step")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from errors import UsageError
@@ -46,6 +47,7 @@ class Local:
     """parts: the model, or this rank's stages of it; pipeline: None without pipeline parallelism.
 
     backend: what multiplies the quantized linears, and why; None if there are none
+    tied:    the two pipeline ranks that hold a copy each of a tied embedding; None if there are none, or on other ranks
     """
 
     parts: Sequence[Transformer]
@@ -53,6 +55,7 @@ class Local:
     engine: Engine
     pipeline: Pipeline | None
     backend: Backend | None
+    tied: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -78,10 +81,12 @@ def build_local(
     if should_compile(recipe, device):
         compile_parts(parts)
     nodes = node_groups(mesh, node_size or mesh.world_size) if recipe.gradients.two_level else None
-    engine = build_engine(parts, replace(zero_plan(recipe, mesh, placed), nodes=nodes))
+    plan = replace(zero_plan(recipe, mesh, placed), nodes=nodes)
+    engine = build_engine(parts, plan)
     if backend is not None and backend.te and recipe.precision.wgrad_output == "fp32":
         engine.lend_main_grads([layer.weight for layer in precision.layers.values()], split=_split_backward(recipe))
-    return Local(parts, precision, engine, _pipeline(recipe, mesh, device, parts, precision, engine), backend)
+    tied = None if plan.layout is None else plan.layout.tied
+    return Local(parts, precision, engine, _pipeline(recipe, mesh, device, parts, precision, engine), backend, tied)
 
 
 def place_parts(recipe: Recipe, mesh: Mesh, device: torch.device, gemm_dtype: torch.dtype) -> Placed:

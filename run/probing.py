@@ -43,7 +43,6 @@ from run.local import uncompiled
 if TYPE_CHECKING:
     from run.state import Run
 
-FILE = "probe"  # RUN/probe.jsonl
 Records = list[dict[str, Any]]
 
 
@@ -63,7 +62,7 @@ class Prober:
         self.wanted = Wanted()
         if config.te_debug is not None:
             names = list(precision.now)  # of the whole model: a section may be about another pipeline stage
-            self.bounds, self.wanted = bind(_requests(config.te_debug), names, self.lab.table)
+            self.bounds, self.wanted = bind(_requests(config.te_debug), names, self.lab.tables)
         if config.interval and not any(slots.quantized for slots in self.lab.table.values()):
             raise UsageError(
                 f"probe.interval is {config.interval}, but policy {run.recipe.precision.policy} quantizes nothing; set "
@@ -132,13 +131,26 @@ def _held(run: Run) -> Batch:
 def _gradients(run: Run, batch: Batch) -> tuple[Tensor | None, dict[str, Tensor]]:
     """Cross-entropy (on ranks that have it) and gradients of this rank's parameters, outside the engine."""
     if run.local.pipeline is not None:
-        return run.local.pipeline.gradients(batch)
+        loss, found = run.local.pipeline.gradients(batch)
+        _add_tied(run, found)
+        return loss, found
     (part,) = run.local.parts
     loss = part(batch.tokens, batch.labels, batch.positions, batch.document_ids)
     names, parameters = zip(*part.named_parameters(), strict=True)
     return loss.cross_entropy.detach(), dict(zip(names, torch.autograd.grad(loss.loss, parameters), strict=True))
 
 
+def _add_tied(run: Run, gradients: dict[str, Tensor]) -> None:
+    """The gradient of an embedding of which another pipeline rank holds a copy: the sum, on the one before the last."""
+    tied = run.local.tied
+    if tied is None or TIED not in gradients:
+        return
+    dist.all_reduce(gradients[TIED], group=tied)
+    if run.mesh.pp_rank:
+        del gradients[TIED]
+
+
+TIED = "embedding.weight"
 KINDS = {"activation": "x", "weight": "w", "gradient": "dy", "output": "dy", "dgrad": "x", "wgrad": "w"}
 
 

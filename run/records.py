@@ -45,7 +45,7 @@ class Records:
         self._metrics: MetricsWriter | None = None
         self._probe: MetricsWriter | None = None
         self._sinks: list[Sink] = []
-        self._opened: tuple[Start, str] | None = None
+        self._wandb_mode: str | None = None  # None: not open
         self._refuted = False
 
     @property
@@ -55,18 +55,22 @@ class Records:
 
     def open(self, start: Start, samples: int, wandb_mode: str) -> None:
         """Start writing at `start.step`; lines of later steps move to metrics.discarded.jsonl. Rank 0 only."""
-        run_dir, config = Path(self._recipe.run.dir), self._recipe.metrics
-        self._opened = start, wandb_mode
+        run_dir = Path(self._recipe.run.dir)
         write_resolved(run_dir, self._recipe)
         record_start(run_dir, start, self.scale.device)
-        self._metrics = self._close.enter_context(MetricsWriter(run_dir, start.step))
+        self._open_at(start.step, samples, wandb_mode)
+
+    def _open_at(self, step: int, samples: int, wandb_mode: str) -> None:
+        run_dir, config = Path(self._recipe.run.dir), self._recipe.metrics
+        self._wandb_mode = wandb_mode
+        self._metrics = self._close.enter_context(MetricsWriter(run_dir, step))
         if self._recipe.probe.on:
-            self._probe = self._close.enter_context(MetricsWriter(run_dir, start.step, "probe"))
+            self._probe = self._close.enter_context(MetricsWriter(run_dir, step, "probe"))
         self._sinks = open_sinks(
             config,
             run_dir,
             recipe=to_dict(self._recipe),
-            start_step=start.step,
+            start_step=step,
             start_samples=samples,
             wandb_mode=wandb_mode,
         )
@@ -78,11 +82,10 @@ class Records:
         )
 
     def rewind(self, step: int, samples: int) -> None:
-        """Go on at an earlier step, as a start that resumes there would."""
-        if self._opened is not None:
-            start, wandb_mode = self._opened
+        """Go on at an earlier step: lines of later steps move away as when a start resumes there."""
+        if self._wandb_mode is not None:
             self._close.close()
-            self.open(dataclasses.replace(start, step=step), samples, wandb_mode)
+            self._open_at(step, samples, self._wandb_mode)
 
     def message(self, text: str) -> None:
         if self._console:

@@ -7,9 +7,7 @@ wanted one are trained again in memory; the wanted one is measured and never app
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from errors import UsageError
 from lowprec.probe.config import ProbeConfig
 from parallel import checkpoint
 from recipe import Recipe
+from report.metrics import read_records
 from run.build import assemble
 from run.environment import Launch
 from run.recovery import Fault, find_fault
@@ -53,13 +52,16 @@ class Replay:
         recipe = _recipe(run_dir, overrides, launch.world_size)
         if not 1 <= step <= recipe.train.steps:
             raise UsageError(f"step {step} is not one of {run_dir}, which has steps 1 to {recipe.train.steps}")
-        self.recorded = _recorded(run_dir, step, discarded)
+        trail = _trail(run_dir, step, discarded)
+        self.recorded = trail.get(step)
         find = lambda: checkpoint.newest(run_dir, step=step - 1)  # noqa: E731
         self.run, start = assemble(recipe, launch, find, allow_precision_change=True)
         self.start = 0 if start is None else start.step
-        if self.recorded is not None:  # a rollback leaves data out
-            self.run.samples = self.recorded["samples"] - (step - self.run.step) * recipe.train.global_batch
-        while self.run.step < step - 1:
+        while True:
+            if (record := trail.get(self.run.step + 1)) is not None:  # a rollback leaves data out
+                self.run.samples = record["samples"] - recipe.train.global_batch
+            if self.run.step == step - 1:
+                break
             self._train()
         self._own = {name: tensor.clone() for name, tensor in self.run.engine.own_states().items()}
 
@@ -115,20 +117,27 @@ def _recipe(run_dir: Path, overrides: tuple[str, ...], world_size: int) -> Recip
     )
 
 
-def _recorded(run_dir: Path, step: int, discarded: bool) -> Mapping[str, Any] | None:
-    """The last record of the step; of those taken back if asked for, or if there is no other."""
-    files = ["metrics.discarded.jsonl"] if discarded else ["metrics.jsonl", "metrics.discarded.jsonl"]
-    for file in files:
-        found = None
-        for line in (run_dir / file).read_text().splitlines() if (run_dir / file).is_file() else ():
-            try:
-                record = json.loads(line)
-            except ValueError:  # torn by a kill
-                continue
-            if record.get("kind") == "step" and record["step"] == step:
-                found = record
-        if found is not None:
-            return found
-    if discarded:
-        raise UsageError(f"{run_dir / files[0]} has no step {step}; drop --discarded")
-    return None
+def _trail(run_dir: Path, step: int, discarded: bool) -> dict[int, dict[str, Any]]:
+    """The records of the wanted step and of those that led to it, by step; empty if it has none.
+
+    discarded: the wanted step is one of those taken back; they count, too, if there is no other.
+    """
+    files = [run_dir / "metrics.jsonl", run_dir / "metrics.discarded.jsonl"]
+    kept, dropped = ([r for r in read_records(f) if r.get("kind") == "step"] if f.is_file() else [] for f in files)
+    wanted = [record for record in dropped if record["step"] == step]
+    if not discarded:
+        wanted += [record for record in kept if record["step"] == step]
+    elif not wanted:
+        raise UsageError(f"{files[1]} has no step {step}; drop --discarded")
+    if not wanted:
+        return {}
+    # Back from the wanted step: among the records of a step the one with the latest data that is not later than what
+    # followed. A rollback repeats steps with later data.
+    every: dict[int, list[dict[str, Any]]] = {}
+    for record in dropped + kept:
+        every.setdefault(record["step"], []).append(record)
+    trail = {step: wanted[-1]}
+    while earlier := [r for r in every.get(step - 1, ()) if r["samples"] < trail[step]["samples"]]:
+        step -= 1
+        trail[step] = max(earlier, key=lambda record: record["samples"])
+    return trail

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from errors import UsageError
 from report.bisect import Limits, judge, smallest
-from run.replay import Outcome
+from run.replay import Outcome, _trail
 from tests.launch import ROOT, run_script, steps, tiny, train
 
 BISECT, FAULTY = str(ROOT / "report" / "bisect.py"), ROOT / "tests" / "faulty_train.py"
@@ -28,6 +29,8 @@ rules:
   - {match: "layers.*", use: good}
   - {match: "*", use: bf16}
 """
+BEFORE = [(step, 10 * step) for step in range(1, 8)]
+AFTER = [(5, 80), (6, 90), (7, 100), (8, 110)]
 
 
 def _state(folder: Path) -> dict[str, tuple[int, int, bytes]]:
@@ -68,6 +71,21 @@ def test_a_bad_quantizer_setting_is_found_and_the_run_stays_as_it_is(tmp_path):
     assert travelled["wrong"] and travelled["grad_norm"] != recorded["grad_norm"]
     healthy = run_script(BISECT, str(run), "8", "--norm-limit", "1e9", "--loss-limit", "1e9")
     assert healthy.returncode == 2 and "does not go wrong" in healthy.stdout
+
+
+def test_the_trail_to_a_step_has_the_data_that_it_had(tmp_path):
+    """Steps 1 to 7, a rollback to 4 that leaves the data of 5 to 7 out, then 5 to 8; the last line is torn."""
+    before, after = ([{"kind": "step", "step": s, "samples": n} for s, n in pairs] for pairs in (BEFORE, AFTER))
+    lines = [json.dumps(record) + "\n" for record in [*before[:4], {"kind": "rollback", "step": 4}, *after]]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"kind": "st')
+    (tmp_path / "metrics.discarded.jsonl").write_text("".join(json.dumps(record) + "\n" for record in before[4:]))
+    found = {step: record["samples"] for step, record in _trail(tmp_path, 7, False).items()}
+    assert found == dict(BEFORE[:4] + AFTER[:3])
+    found = {step: record["samples"] for step, record in _trail(tmp_path, 7, True).items()}
+    assert found == dict(BEFORE)
+    assert _trail(tmp_path, 9, False) == {}
+    with pytest.raises(UsageError, match="has no step 8; drop --discarded"):
+        _trail(tmp_path, 8, True)
 
 
 def test_a_planted_nan_is_found_under_a_pipeline(tmp_path):

@@ -61,7 +61,7 @@ def _table(low: tuple[str, ...] = ("layers.0.mlp.gate_up",)):
 
 
 def test_requests_are_bound_to_layers_by_any_of_their_names():
-    bounds, wanted = te_debug.bind(te_debug.parse(yaml.safe_load(EXAMPLE), "example"), NAMES, _table())
+    bounds, wanted = te_debug.bind(te_debug.parse(yaml.safe_load(EXAMPLE), "example"), NAMES, [_table()])
     names = {bound.name for bound in bounds}
     assert {"layers.0.mlp.gate_up_activation_max", "layers.0.attention.out_activation_std"} <= names
     assert "layers.0.mlp.gate_up_activation_max_blockwise_dynamic_range_block_size_16_dims_1" in names
@@ -93,7 +93,7 @@ s:
         [model], parse(POLICY | {"rules": [{"match": "*", "use": "low"}]}, "t"), PrecisionConfig(), facts
     )
     precision.begin_step(0)
-    bounds, wanted = te_debug.bind(te_debug.parse(yaml.safe_load(text), "t"), ["first"], precision.now)
+    bounds, wanted = te_debug.bind(te_debug.parse(yaml.safe_load(text), "t"), ["first"], [precision.now])
     x, seen = torch.randn(64, 96, requires_grad=True), {}
     with Lab([model], precision, {}, ["*"]).low(0, wanted) as sample:
         y = model(x)
@@ -150,7 +150,7 @@ def test_requests_that_reach_nothing_are_refused():
         (FEATURE % "LogFp8TensorStats: {tensors: [weight], stats: [fp8_delayed_scaling_mse]}", "none of the 2 layers"),
     ):
         with pytest.raises(UsageError, match=words):
-            te_debug.bind(te_debug.parse(yaml.safe_load(text), "f"), NAMES, _table(()))
+            te_debug.bind(te_debug.parse(yaml.safe_load(text), "f"), NAMES, [_table(())])
 
 
 def _records(errors: dict[tuple[str, str], list[float]], ratios: dict[str, list[float | None]]) -> list[dict]:

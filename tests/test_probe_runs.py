@@ -61,26 +61,45 @@ def test_a_probed_run_is_the_same_run_and_goes_on_after_a_resume(tmp_path):
 
 
 LAYOUTS = {
-    4: ("parallel.tp=2", "parallel.sp=true", "parallel.pp=2", "parallel.schedule=zbv", "model.recompute=full"),
-    2: ("zero.stage=3",),
+    "tp, pp": (
+        4,
+        "parallel.tp=2",
+        "parallel.sp=true",
+        "parallel.pp=2",
+        "parallel.schedule=zbv",
+        "model.recompute=full",
+    ),
+    "zero 3": (2, "zero.stage=3"),
+    "tied": (2, "parallel.pp=2", "parallel.schedule=1f1b"),
 }
+TENSORS = """
+all:
+  enabled: True
+  layers: {layer_name_regex_pattern: '.*'}
+  transformer_engine:
+    LogTensorStats: {enabled: True, tensors: [activation, weight, gradient, output, dgrad, wgrad], stats: [l2_norm]}
+"""
 
 
-@pytest.mark.parametrize("ranks", LAYOUTS)
-def test_samples_are_those_of_one_process(tmp_path, ranks):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_samples_are_those_of_one_process(tmp_path, layout):
+    ranks, *spread = LAYOUTS[layout]
+    (tmp_path / "te.yaml").write_text(TENSORS)
     keys = (*MODEL, "train.steps=1", "probe.interval=1", "precision.policy=mxfp8", "model.dtype=fp32")
-    for name, layout, count in (("alone", (), 1), ("spread", LAYOUTS[ranks], ranks)):
-        done = train(tiny(tmp_path, name), *keys, *layout, ranks=count)
+    keys += (f"probe.te_debug={tmp_path / 'te.yaml'}", f"model.tied_embeddings={str(layout == 'tied').lower()}")
+    for name, more, count in (("alone", (), 1), ("spread", spread, ranks)):
+        done = train(tiny(tmp_path, name), *keys, *more, ranks=count)
         assert done.returncode == 0, done.stderr
-    alone, spread = tmp_path / "alone", tmp_path / "spread"
+    alone, other = tmp_path / "alone", tmp_path / "spread"
     for kind, keys_of, close in (
         ("operand", ("layer", "slot"), ("amax", "relative_error", "underflow", "scale_max", "scale_min")),
         ("gradient", ("parameter",), ("norm", "cosine", "relative_error")),
         ("gemm", ("layer", "gemm"), ("relative_error",)),
+        ("te", ("name",), ("value",)),
         ("sample", ("step",), ("loss_low", "loss_high", "cosine")),
     ):
-        one, many = ({tuple(r[k] for k in keys_of): r for r in _records(run, kind)} for run in (alone, spread))
-        assert one.keys() == many.keys() and len(one) == len(_records(spread, kind)), kind
+        one, many = ({tuple(r[k] for k in keys_of): r for r in _records(run, kind)} for run in (alone, other))
+        assert one.keys() == many.keys() and len(one) == len(_records(other, kind)), kind
         for key, record in one.items():
             for value in close:
                 # A GEMM whose reduction is split is compared summand by summand.

@@ -292,6 +292,7 @@ def test_a_run_goes_back_and_past_the_data_that_spiked(tmp_path):
     notes = _notes(run, "rollback")
     assert [(n["step"], n["from"], n["samples_left_out"]) for n in notes] == [(20, 26, 48 * n) for n in (1, 2, 3)]
     assert steps(run)[20]["samples"] == (21 + 3 * 6) * 8
+    assert len(json.loads((run / "manifest.json").read_text())["starts"]) == 1, "a rollback is no start"
     discarded = [json.loads(line) for line in (run / "metrics.discarded.jsonl").read_text().splitlines()]
     assert [r["step"] for r in discarded if r["kind"] == "step"] == [*range(21, 27)] * 3
     # Without the fault the same command goes on from the checkpoint, and ends.

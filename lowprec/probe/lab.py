@@ -22,11 +22,13 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from errors import UsageError
 from lowprec import dispatch
 from lowprec.apply import Precision
+from lowprec.formats import QuantSpec
 from lowprec.linear import SLOT_AXES, LowPrecisionLinear, Place, Shared
 from lowprec.philox import StepContext
 from lowprec.policy import GEMMS, HIGH, Slots
@@ -44,6 +46,7 @@ class Sample:
     """What one forward and backward showed of this rank's shards.
 
     operands: (layer, slot) -> sums of a quantized operand
+    specs:    (layer, slot) -> how it is quantized
     products: (layer, GEMM) -> float64 [2]: squares of the sampled product in high precision, and of its error
     tensors:  (layer, tensor of TENSORS or PRODUCTS) -> sums of the tensor as it is, where asked for
     ranges:   (layer, tensor, block size, dims) -> float64 scalar, where asked for
@@ -51,6 +54,7 @@ class Sample:
     """
 
     operands: dict[tuple[str, str], OperandSums] = field(default_factory=dict)
+    specs: dict[tuple[str, str], QuantSpec] = field(default_factory=dict)
     products: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     tensors: dict[tuple[str, str], TensorSums] = field(default_factory=dict)
     ranges: dict[tuple[str, str, int, int], Tensor] = field(default_factory=dict)
@@ -63,7 +67,7 @@ class Wanted:
 
     tensors: frozenset[tuple[str, str]] = frozenset()
     ranges: frozenset[tuple[str, str, int, int]] = frozenset()
-    others: Mapping[tuple[str, str, str], Any] = field(default_factory=dict)  # -> QuantSpec
+    others: Mapping[tuple[str, str, str], QuantSpec] = field(default_factory=dict)
     layers: frozenset[str] = frozenset()  # of which anything is asked for
 
 
@@ -92,8 +96,8 @@ class Observed(LowPrecisionLinear):
         product = super().multiply(gemm, a, b, bias)
         left, right = self._exact.pop(f"{gemm}.a"), self._exact[f"{gemm}.b"]
         for tensor, which in PRODUCTS.items():
-            if which == gemm:
-                self._look_at(tensor, product)
+            if which == gemm and self._wants(tensor):
+                self._look_at(tensor, self._whole(gemm, product))
         if self.specs[f"{gemm}.a"] is None and self.specs[f"{gemm}.b"] is None:
             return product
         lines = _lines(product.shape[1 if gemm == "wgrad" else 0])
@@ -120,6 +124,7 @@ class Observed(LowPrecisionLinear):
             packed = dispatch.quantize(piece, spec, axis, key, scale, amax)
             pieces.append(dispatch.decode(packed, self.decoded(spec), piece.dtype))
             sums.append(OperandSums.of(piece, packed, pieces[-1], key))
+        self.sample.specs[self.name, slot] = spec
         self.sample.operands[self.name, slot] = OperandSums(
             torch.stack([each.sums for each in sums]).sum(0), torch.stack([each.maxima for each in sums]).amax(0)
         )
@@ -139,6 +144,19 @@ class Observed(LowPrecisionLinear):
                 packed = dispatch.quantize(matrix, spec, axis, key, None)
                 found = dispatch.decode(packed, self.decoded(spec), matrix.dtype)
                 self.sample.others[layer, slot, name] = OperandSums.of(matrix, packed, found, key)
+
+    def _wants(self, tensor: str) -> bool:
+        keys = (*self.wanted.tensors, *self.wanted.ranges)
+        return any((layer, which) == (self.name, tensor) for layer, which, *_ in keys)
+
+    def _whole(self, gemm: str, product: Tensor) -> Tensor:
+        """The product, added up over the ranks among which its reduction is split. Collective over them."""
+        reduced = {"fprop": "x", "dgrad": "dy"}.get(gemm)
+        if self.place is None or reduced not in self.place.split:
+            return product
+        total = product.to(torch.float32, copy=True)
+        dist.all_reduce(total, group=self.place.group)
+        return total.to(product.dtype)
 
     def _look_at(self, tensor: str, matrix: Tensor) -> None:
         if (self.name, tensor) in self.wanted.tensors:
@@ -207,6 +225,11 @@ class Lab:
     def table(self) -> Mapping[str, Slots]:
         """The slots that `low` computes in now."""
         return self._precision.now if self._table is None else self._table
+
+    @property
+    def tables(self) -> list[Mapping[str, Slots]]:
+        """Those that it computes in at any time of the run."""
+        return [table for _, table in self._precision.tables] if self._table is None else [self._table]
 
     @contextmanager
     def high(self) -> Iterator[None]:

@@ -29,6 +29,7 @@ from lowprec.formats import SPECS, QuantSpec
 from lowprec.linear import specs_of
 from lowprec.policy import Slots
 from lowprec.probe.lab import PRODUCTS, TENSORS, Sample, Wanted
+from lowprec.probe.statistics import OperandSums
 
 PLAIN = ("min", "max", "mean", "std", "l1_norm", "l2_norm", "cur_amax", "dynamic_range")
 BLOCKWISE = "max_blockwise_dynamic_range"
@@ -212,20 +213,24 @@ def _when(options: Mapping[str, Any], where: str) -> When:
     if pairs is None:
         first, last = options.get("start_step"), options.get("end_step")
         pairs = [(0 if first is None else first, float("inf") if last is None else last)]
+    wrong = UsageError(f"{where}: freq is {every!r}, steps {pairs!r}; use a positive number and [start, end] pairs")
+    if not isinstance(every, int) or every < 1:
+        raise wrong
     try:
-        windows = tuple((float(first), float(last)) for first, last in pairs)
-        assert isinstance(every, int) and every > 0
-    except (TypeError, ValueError, AssertionError):
-        raise UsageError(
-            f"{where}: freq is {every!r}, steps {pairs!r}; use a positive number and [start, end] pairs"
-        ) from None
-    return When(every, windows)
+        return When(every, tuple((float(first), float(last)) for first, last in pairs))
+    except (TypeError, ValueError):
+        raise wrong from None
 
 
-def bind(requests: Sequence[Request], names: Sequence[str], table: Mapping[str, Slots]) -> tuple[list[Bound], Wanted]:
-    """Requests for the linears `names` under the slots that they train in; and what a sample must hold for them.
+def bind(
+    requests: Sequence[Request], names: Sequence[str], tables: Sequence[Mapping[str, Slots]]
+) -> tuple[list[Bound], Wanted]:
+    """Requests for the linears `names`; and what a sample must hold for them.
 
-    Raises UsageError for a section that reaches no linear, and for a statistic of a format that none of them has.
+    tables: the slots of each linear, phase by phase. While a layer is not quantized as its statistic wants, that is
+            None.
+
+    Raises UsageError for a section that reaches no linear, and for a statistic of a format that none has in any phase.
     """
     bounds: list[Bound] = []
     tensors, ranges = set(), set()
@@ -243,7 +248,7 @@ def bind(requests: Sequence[Request], names: Sequence[str], table: Mapping[str, 
             elif request.feature == "LogTensorStats":
                 tensors.add((layer, request.tensor))
                 bounds.append(_bound(request, layer, _tensor_reader(layer, request)))
-            elif (reader := _quantized_reader(request, layer, table[layer], others)) is not None:
+            elif (reader := _quantized_reader(request, layer, [table[layer] for table in tables], others)) is not None:
                 bounds.append(_bound(request, layer, reader))
         if len(bounds) == before:
             raise UsageError(
@@ -263,27 +268,29 @@ def _tensor_reader(layer: str, request: Request) -> Callable[[Sample], float | N
 
 
 def _quantized_reader(
-    request: Request, layer: str, slots: Slots, others: dict[tuple[str, str, str], QuantSpec]
+    request: Request, layer: str, phases: Sequence[Slots], others: dict[tuple[str, str, str], QuantSpec]
 ) -> Callable[[Sample], float | None] | None:
-    """None if the layer does not quantize the tensor in the format that is asked for."""
+    """None if the layer quantizes the tensor in the format that is asked for in no phase."""
     recipe, word, columnwise = split(request.stat)
     slot = (COLUMNWISE if columnwise else TENSORS)[request.tensor]
-    spec, field, percent = specs_of(slots)[slot], QUANTIZED[word], 100.0 if word.endswith("%") else 1.0
+    field, percent = QUANTIZED[word], 100.0 if word.endswith("%") else 1.0
 
-    def read(sample: Sample, other: str | None = None) -> float | None:
-        sums = sample.operands[layer, slot] if other is None else sample.others[layer, slot, other]
+    def value_of(sums: OperandSums) -> float | None:
         value = sums.record()[field]
         return percent * float(value) if isinstance(value, (int, float)) else None
+
+    def fits(spec: QuantSpec | None) -> bool:
+        if spec is None or recipe == DELAYED and not spec.amax_history:
+            return False
+        return request.feature != "LogNvfp4TensorStats" or spec.element == "e2m1" and spec.two_level
 
     if recipe is not None and recipe != DELAYED:
         other = RECIPES[recipe][request.tensor]
         others[layer, slot, other] = SPECS[other]
-        return lambda sample: read(sample, other)
-    if spec is None or recipe == DELAYED and not spec.amax_history:
+        return lambda sample: value_of(sample.others[layer, slot, other])
+    if not any(fits(specs_of(slots)[slot]) for slots in phases):
         return None
-    if request.feature == "LogNvfp4TensorStats" and not (spec.element == "e2m1" and spec.two_level):
-        return None
-    return read
+    return lambda sample: value_of(sample.operands[layer, slot]) if fits(sample.specs.get((layer, slot))) else None
 
 
 def _strings(value: Any, where: str) -> list[str]:
