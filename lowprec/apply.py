@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from errors import UsageError
-from lowprec.linear import LowPrecisionLinear, Place, Shared, place_problems
+from lowprec.linear import LowPrecisionLinear, Place, Shared, place_problems, specs_of
 from lowprec.philox import StepContext
 from lowprec.policy import GEMMS, Phase, Policy, PrecisionConfig, Slots, describe, kept, table_to_dict, together
 
@@ -115,11 +115,7 @@ class Precision:
             self.layers |= facts.swap(part, mine, tables, self.shared, facts.places)
         self._here = list(linears)
         self.places = facts.places
-        problems = [(name, problem) for name, layer in self.layers.items() for problem in _shape_problems(layer)]
-        for name, place in facts.places.items():  # of other stages, too: all ranks say the same
-            problems += [(name, problem) for _, table in self.tables for problem in place_problems(table[name], place)]
-        if problems:
-            raise UsageError("\n".join(["the precision policy does not fit the model:", *together(problems)]))
+        refuse_misfits(tables, self.layers, facts.places)
 
     def begin_step(self, step: int) -> str | None:
         """Take the phase of `step` and quantize the weights for it; says so if other slots begin here."""
@@ -246,12 +242,30 @@ def _phase(
     return begin, policy.at(table, phase)
 
 
-def _shape_problems(layer: LowPrecisionLinear) -> list[str]:
+def refuse_misfits(
+    tables: Sequence[Mapping[str, Slots]], linears: Mapping[str, Any], places: Mapping[str, Place]
+) -> None:
+    """Raise UsageError, naming all, for linears that one of the tables cannot quantize.
+
+    linears: those of this rank, with in_features and out_features
+    places:  of all linears of the model: all ranks say the same
+    """
+    problems: list[tuple[str, str]] = []
+    for table in tables:
+        for name, linear in linears.items():
+            problems += [(name, problem) for problem in _rotation_problems(table[name], linear)]
+        for name, place in places.items():
+            problems += [(name, problem) for problem in place_problems(table[name], place)]
+    if problems:
+        raise UsageError("\n".join(["the precision policy does not fit the model:", *together(problems)]))
+
+
+def _rotation_problems(slots: Slots, linear: Any) -> list[str]:
     """A Hadamard rotation needs whole groups along the features that it turns."""
-    sizes = {"fprop": layer.in_features, "dgrad": layer.out_features}
+    sizes, specs = {"fprop": linear.in_features, "dgrad": linear.out_features}, specs_of(slots)
     return [
-        f"{gemm} rotates groups of {spec.hadamard} features, which do not divide {sizes[gemm]}"
-        for gemm in sizes
-        for spec in (layer.specs[f"{gemm}.a"],)
-        if spec is not None and spec.hadamard and sizes[gemm] % spec.hadamard
+        f"{gemm} rotates groups of {spec.hadamard} features, which do not divide {size}"
+        for gemm, size in sizes.items()
+        for spec in (specs[f"{gemm}.a"],)
+        if spec is not None and spec.hadamard and size % spec.hadamard
     ]

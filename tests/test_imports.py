@@ -22,7 +22,7 @@ ALLOWED = {
     "report.compare": {"errors", "strict_yaml", "recipe"},
     "report.probe": {"errors", "lowprec", "report"},
     "report.bisect": {"errors", "lowprec", "parallel", "run", "train"},
-    "report.table": {"errors", "report.compare"},
+    "report.table": {"errors", "report", "report.compare"},
     "recipe": {"errors", "sections", "strict_yaml", "data", "model", "lowprec", "parallel", "report"},
     "run": {"errors", "recipe", "sections", "data", "model", "lowprec", "parallel", "report"},
     "convert": {"errors", "recipe", "data", "model", "lowprec", "parallel", "report", "run"},

@@ -146,6 +146,15 @@ def test_a_bad_leg_is_ranked_first_and_the_pasted_proposal_mends_the_gradient(tm
     assert ("layers.2.mlp.down", "dgrad") not in {(r["layer"], r["gemm"]) for r in _records(tmp_path / "kept", "gemm")}
 
 
+POLICY = """
+schemes:
+  low:
+    fprop: {a: %s, b: {spec: mxfp8_e4m3, hadamard: 128}}
+rules:
+  - {match: "*", use: low}
+"""
+
+
 def test_a_bf16_run_can_look_at_another_policy(tmp_path):
     keys = ("train.steps=2", "probe.interval=1", "model.hidden_size=64", 'probe.layers=["layers.1.*"]')
     done = train(tiny(tmp_path), *keys, "probe.policy=nvfp4", "probe.gradients=false")
@@ -161,6 +170,10 @@ def test_a_bf16_run_can_look_at_another_policy(tmp_path):
     assert {r["layer"].split(".")[1] for r in _records(run, "gemm")} == {"1"} and _records(run, "gradient") == []
     assert all("e2m1" in r["format"] for r in _records(run, "operand"))
     assert _losses(run) == _losses(tmp_path / "plain")
+    rotated = POLICY % "{spec: mxfp8_e4m3, hadamard: 128}"
+    (tmp_path / "rotated.yaml").write_text(rotated)
+    refused = train(tiny(tmp_path, "unfit"), *keys, f"probe.policy={tmp_path / 'rotated.yaml'}")
+    assert refused.returncode == 2 and "groups of 128 features, which do not divide 64" in refused.stderr
     refused = train(tiny(tmp_path, "none"), *keys)
     assert refused.returncode == 2 and "probe.policy" in refused.stderr and "Traceback" not in refused.stderr
     (tmp_path / "debug.yaml").write_text(DEBUG.replace("LogTensorStats", "FakeQuant"))

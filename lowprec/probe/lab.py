@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from errors import UsageError
 from lowprec import dispatch
-from lowprec.apply import Precision
+from lowprec.apply import Precision, refuse_misfits
 from lowprec.formats import QuantSpec
 from lowprec.linear import SLOT_AXES, LowPrecisionLinear, Place, Shared
 from lowprec.philox import StepContext
@@ -211,6 +211,7 @@ class Lab:
         self.chosen = [name for name in found if any(fnmatchcase(name, pattern) for pattern in layers)]
         if table is not None:
             self._refuse_histories(table)
+            refuse_misfits([table], found, places)
 
     def _refuse_histories(self, table: Mapping[str, Slots]) -> None:
         for name in self._linears:
