@@ -37,6 +37,7 @@ from lowprec.probe.damage import THRESHOLD, legs, shown, weights
 from lowprec.probe.lab import Lab, Sample, Wanted
 from lowprec.probe.statistics import root_ratio
 from lowprec.probe.te_debug import Bound, bind, parse
+from parallel.tensor import exact_inputs
 from recipe import load_policy
 from run.local import uncompiled
 
@@ -88,7 +89,7 @@ class Prober:
         with uncompiled(run.local.parts):
             high = None
             if whole and self.gradients:
-                with self.lab.high():
+                with self.lab.high(), exact_inputs(run.local.parts):
                     high = _gradients(run, self._batch)
                 high = high[0], {name: gradient.to("cpu") for name, gradient in high[1].items()}
             with self.lab.low(step, self.wanted if bounds else None) as seen:

@@ -96,17 +96,13 @@ class Fault:
 
 def find_fault(run: Run) -> Fault:
     """Repeat the last step, which changed no weight, under a watch. Collective; leaves the run as it was."""
-    step, samples, own = run.step, run.samples, {k: tensor.clone() for k, tensor in run.engine.own_states().items()}
+    step, samples = run.step, run.samples
     run.step, run.samples = step - 1, samples - run.recipe.train.global_batch
     try:
         with uncompiled(run.local.parts), watching(run.local.parts, run.precision.shared) as watch:
-            run.begin_step()
-            loss = run.agree(run.forward_backward())
+            loss, update = run.rehearse()
     finally:
         run.step, run.samples = step, samples
-    update = run.engine.step(0.0, lambda _: False)
-    run.precision.forget_step()
-    run.engine.restore_own_states(own)
     everyone: list[Finding | None] = [None] * run.mesh.world_size
     dist.all_gather_object(everyone, watch.first)
     return _judge(everyone, finite=math.isfinite(loss) and math.isfinite(update.grad_norm))

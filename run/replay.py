@@ -22,6 +22,11 @@ from run.build import assemble
 from run.environment import Launch
 from run.recovery import Fault, find_fault
 
+ONE_PROCESS = (
+    *("parallel.tp=1", "parallel.sp=false", "parallel.sp_payload=exact", "parallel.pp=1", "parallel.schedule=1f1b"),
+    *("parallel.stages_per_rank=null", "parallel.stage_layers=null"),
+)
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -63,7 +68,6 @@ class Replay:
             if self.run.step == step - 1:
                 break
             self._train()
-        self._own = {name: tensor.clone() for name, tensor in self.run.engine.own_states().items()}
 
     def _train(self) -> None:
         run = self.run
@@ -74,12 +78,7 @@ class Replay:
 
     def measure(self) -> Outcome:
         """The wanted step as the run's linears and gradients are set now; changes nothing. Collective."""
-        run = self.run
-        run.begin_step()
-        loss = run.agree(run.forward_backward())
-        update = run.engine.step(0.0, lambda _: False)
-        run.precision.forget_step()
-        run.engine.restore_own_states(self._own)
+        loss, update = self.run.rehearse()
         return Outcome(loss, update.grad_norm)
 
     def fault(self) -> Fault:
@@ -102,7 +101,7 @@ def _recipe(run_dir: Path, overrides: tuple[str, ...], world_size: int) -> Recip
     except UsageError as error:
         raise UsageError(
             f"{error}\nA replay takes the run's layout: start as many processes (torchrun --nproc-per-node N -m "
-            "report.bisect ...), or override it (parallel.tp=1 parallel.pp=1)"
+            f"report.bisect ...), or override it ({' '.join(ONE_PROCESS)})"
         ) from None
     policy = run_dir / "policy.yaml"  # where the run keeps one of the user's own; its path may be another by now
     precision = replace(recipe.precision, backend="emulate")

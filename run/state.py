@@ -134,6 +134,19 @@ class Run:
             self.records.skipped(self.step + 1, skipped)
         return float(mine[0]) / self.mesh.dp
 
+    def rehearse(self) -> tuple[float, StepResult]:
+        """The next step without applying it: its loss, and what the engine says of its gradient. Collective.
+
+        Changes no weight, no state and no amax history.
+        """
+        own = {name: tensor.clone() for name, tensor in self.engine.own_states().items()}
+        self.begin_step()
+        loss = self.agree(self.forward_backward())
+        update = self.engine.step(0.0, lambda _: False)
+        self.precision.forget_step()
+        self.engine.restore_own_states(own)
+        return loss, update
+
     def advance(self, loss: float, update: StepResult) -> None:
         """The step is done: the position, amax histories and what spikes are judged by. Collective."""
         self.precision.end_step(self.mesh.stage_group)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from errors import UsageError
+from recipe import load
 from report.bisect import Limits, judge, smallest
-from run.replay import Outcome, _trail
+from run.replay import ONE_PROCESS, Outcome, _trail
 from tests.launch import ROOT, run_script, steps, tiny, train
 
 BISECT, FAULTY = str(ROOT / "report" / "bisect.py"), ROOT / "tests" / "faulty_train.py"
@@ -71,6 +72,20 @@ def test_a_bad_quantizer_setting_is_found_and_the_run_stays_as_it_is(tmp_path):
     assert travelled["wrong"] and travelled["grad_norm"] != recorded["grad_norm"]
     healthy = run_script(BISECT, str(run), "8", "--norm-limit", "1e9", "--loss-limit", "1e9")
     assert healthy.returncode == 2 and "does not go wrong" in healthy.stdout
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ("parallel.tp=2", "parallel.sp=true", "parallel.sp_payload=mxfp8_e4m3", "precision.policy=mxfp8"),
+        ("parallel.pp=2", "parallel.schedule=interleaved_1f1b", "parallel.stages_per_rank=2", "train.global_batch=8"),
+    ],
+)
+def test_what_a_replay_says_to_override_fits_one_process(tmp_path, layout):
+    overrides = (*MODEL, "train.micro_batch=1", *layout)
+    with pytest.raises(UsageError):
+        load(str(tiny(tmp_path)), overrides, 1)
+    assert load(str(tiny(tmp_path)), (*overrides, *ONE_PROCESS), 1).parallel.pp == 1
 
 
 def test_the_trail_to_a_step_has_the_data_that_it_had(tmp_path):
