@@ -168,8 +168,8 @@ class Recipe:
         return found
 
     def _spike_problems(self) -> list[str]:
-        if self.spikes.on_spike == "rollback" and not self.checkpoint.interval:
-            return ["spikes.on_spike is rollback, but checkpoint.interval is 0: nothing to go back to; set an interval"]
+        if self.spikes.action == "rollback" and not self.checkpoint.interval:
+            return ["spikes.action is rollback, but checkpoint.interval is 0: nothing to go back to; set an interval"]
         return []
 
     def data_phases(self) -> list[int]:

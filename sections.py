@@ -152,7 +152,7 @@ class EvalConfig:
 class SpikesConfig:
     """Steps that went wrong. One whose loss or gradient is not finite is skipped on all ranks, whatever this says.
 
-    on_spike:      what happens where loss, gradient norm or update norm is far above its recent values (run/spikes.py):
+    action:        what happens where loss, gradient norm or update norm is far above its recent values (run/spikes.py):
                    off: nothing is looked at
                    warn: it is said and recorded
                    skip: the step is not applied (an update norm, known afterwards, is only said)
@@ -167,7 +167,7 @@ class SpikesConfig:
     diagnose:      repeat the first of such non-finite steps to name the module and GEMM that it came from
     """
 
-    on_spike: Literal["off", "warn", "skip", "rollback"] = "warn"
+    action: Literal["off", "warn", "skip", "rollback"] = "warn"
     threshold: float = 6.0
     window: int = 128
     patience: int = 3

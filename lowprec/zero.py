@@ -234,13 +234,13 @@ def build_engine(parts: Sequence[nn.Module], plan: ZeroPlan) -> Engine:
                 True  # DeepSpeed's own norm, at stage 3, counts other ones on one rank
             )
     shards = plan.shards or {name: Shard.of_whole(tuple(p.shape)) for name, p in parameters.items()}
-    check_states(plan, shards)
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    held = {name: shards[name] for name in parameters}
-    updater = Updater(plan.optimizer, held, device, seed=plan.seed, norm=plan.update_norm)
     stage, layout = plan.zero.stage, plan.layout
     data_parallel = dist.group.WORLD if layout is None else layout.mpu.get_data_parallel_group()
     dp = dist.get_world_size(data_parallel)
+    check_states(plan, shards, dp)
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    held = {name: shards[name] for name in parameters}
+    updater = Updater(plan.optimizer, held, device, seed=plan.seed, norm=plan.update_norm)
     if layout is not None and layout.tensor is not None:
         updater.group = layout.tensor if stage == 0 else layout.stage
     elif stage > 0 and dp > 1:
@@ -288,11 +288,29 @@ def partition_size(parts: Sequence[nn.Module], plan: ZeroPlan, dp: int) -> int:
     return sum(sum(counts) for counts in members) // (1 if plan.zero.stage == 0 else dp)
 
 
-def check_states(plan: ZeroPlan, shards: Mapping[str, Shard]) -> None:
-    """Refuse what a part of a parameter cannot have as the whole one would; all at once, the same on all ranks."""
+def check_states(plan: ZeroPlan, shards: Mapping[str, Shard], dp: int) -> None:
+    """Refuse what a part of a parameter cannot have as the whole one would; all at once, the same on all ranks.
+
+    dp: number of data-parallel ranks, into whose equal slices stage 3 cuts each parameter
+    """
     problems = [(name, problem) for name, shard in shards.items() if shard.split for problem in _misfits(plan, shard)]
     if problems:
         raise UsageError("\n".join(["optimizer states and gradients do not fit parallel.tp:", *together(problems)]))
+    if plan.zero.stage < 3 or dp == 1:
+        return
+    sliced = [(name, problem) for name, shard in shards.items() for problem in _cut_blocks(plan, shard, dp)]
+    if sliced:
+        raise UsageError("\n".join(["optimizer states do not fit zero.stage 3:", *together(sliced)]))
+
+
+def _cut_blocks(plan: ZeroPlan, shard: Shard, dp: int) -> Iterator[str]:
+    count = math.prod(shard.shape)
+    parts = plan.optimizer.storage.parts(shard.shape)
+    if any(part.per > 1 for part in parts.values()) and -(-count // dp) % UNIT:
+        yield (
+            f"{count} elements in equal slices on {dp} ranks cut blocks of {UNIT} elements, by which its states are "
+            "stored; use zero.stage 1 or 2, another number of ranks, or states without blocks"
+        )
 
 
 def _misfits(plan: ZeroPlan, shard: Shard) -> Iterator[str]:

@@ -57,7 +57,7 @@ def dry_run(recipe: Recipe, world_size: int | None = None, rank: int | None = No
         if recipe.precision.backend == "te" and precision is not None:
             problems += reasons_of_the_recipe(situation(recipe, mesh, placed, META.type))
         plan = zero_plan(recipe, mesh, placed)
-        _attempt(problems, lambda: check_states(plan, placed.held))
+        _attempt(problems, lambda: check_states(plan, placed.held, mesh.dp))
         refuse(recipe, problems)
         assert precision is not None, "refused"
         sections = (

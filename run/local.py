@@ -272,7 +272,7 @@ def zero_plan(recipe: Recipe, mesh: Mesh, placed: Placed) -> ZeroPlan:
         shards=placed.held,
         layout=layout,
         seed=train.seed,
-        update_norm=recipe.spikes.update_norm and recipe.spikes.on_spike != "off",
+        update_norm=recipe.spikes.update_norm and recipe.spikes.action != "off",
     )
 
 

@@ -75,7 +75,7 @@ class SpikeGuard:
 
         def accept(grad_norm: float) -> bool:
             self._look({"loss": loss, "grad_norm": grad_norm})
-            return math.isfinite(loss) and not (self.spikes and self.config.on_spike in ("skip", "rollback"))
+            return math.isfinite(loss) and not (self.spikes and self.config.action in ("skip", "rollback"))
 
         return accept
 
@@ -99,11 +99,11 @@ class SpikeGuard:
             raise UserError(
                 f"step {step} spiked ({self.describe()}) and {self.config.max_rollbacks} rollbacks did not get the run "
                 f"past step {self.furthest}; go back further (--resume PATH), lower optimizer.lr, or set "
-                "spikes.on_spike=skip"
+                "spikes.action=skip"
             )
 
     def _look(self, values: Mapping[str, float]) -> None:
-        if self.config.on_spike == "off":
+        if self.config.action == "off":
             return
         scores = {name: self._windows[name].score(value) for name, value in values.items()}
         self.spikes |= {name: z for name, z in scores.items() if z is not None and z > self.config.threshold}
@@ -127,7 +127,7 @@ class SpikeGuard:
     @property
     def wants_rollback(self) -> bool:
         """Whether so many steps have spiked that it is not the data of one of them."""
-        return self.config.on_spike == "rollback" and self.spiking >= self.config.patience
+        return self.config.action == "rollback" and self.spiking >= self.config.patience
 
     def describe(self) -> str:
         """The spikes of the last step in words."""

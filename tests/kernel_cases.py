@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from lowprec.formats import SPECS, QuantSpec, resolve_spec
+from lowprec.linear import specs_of
 from lowprec.philox import RandomKey
+from recipe import POLICIES, load_policy
 
 KEY = RandomKey(seed=3, tensor="layers.0.mlp.down", slot="dgrad.a", step=7, row=2**33 + 5, column=32)
 STOCHASTIC: dict[str, Any] = {"rounding": "stochastic"}
@@ -38,7 +40,17 @@ def _specs() -> Iterator[tuple[str, QuantSpec]]:
     yield "generic e5m1", resolve_spec("mxfp8_e5m2", element="e5m1")
 
 
+def _shipped() -> Iterator[tuple[str, QuantSpec]]:
+    """What the shipped policies quantize with, but for delayed scaling, whose scale is given."""
+    for path in sorted(POLICIES.glob("*.yaml")):
+        for slots in load_policy(path.stem).schemes.values():
+            for slot, spec in specs_of(slots).items():
+                if spec is not None and not spec.amax_history:
+                    yield f"{path.stem} {slot}", spec
+
+
 CASES = dict(_specs())
+CASES |= {name: spec for spec, name in {s: n for n, s in _shipped() if s not in CASES.values()}.items()}
 
 
 def matrices(rows: int, cols: int, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -233,6 +233,18 @@ def test_every_rank_hears_why_one_failed(small_disk: Path) -> None:
     assert newest_step(small_disk) == 1
 
 
+def test_a_disk_that_becomes_read_only(small_disk: Path) -> None:
+    """As one does after an error of the device: the older checkpoint stays, and is read."""
+    save_alone(small_disk, 1)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(CheckpointError, match="step 2: .*Read-only file system"):
+        save_alone(small_disk, 2)
+    assert newest_step(small_disk) == 1
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    save_alone(small_disk, 2)
+    assert newest_step(small_disk) == 2
+
+
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("a file in the way")
     with pytest.raises(CheckpointError, match="step 1: .*File exists: .*/checkpoints'"):

@@ -80,6 +80,13 @@ def test_shapes_that_cannot_be_quantized_after_the_split_are_listed_with_states_
     assert not any("mlp" in line for line in blocks)  # 3072 / 4 = 6 x 128
 
 
+def test_slices_of_stage_3_that_cut_blocks_of_states_are_listed():
+    recipe = recipes.resolve("adam4bit_10m", ("zero.stage=3", "train.global_batch=24"))
+    with pytest.raises(UsageError, match="2097152 elements in equal slices on 3 ranks cut blocks of 256"):
+        dry_run(recipe, world_size=3)
+    assert "rank 0 of 1" in dry_run(recipe, world_size=1)
+
+
 def test_matrices_that_are_padded_are_named():
     keys = ("precision.policy=mxfp8", "model.hidden_size=720", "model.head_dim=60", "train.micro_batch=1")
     report = _report("bf16_125m", *keys, "train.seq_len=2050")

@@ -12,7 +12,7 @@ import pytest
 
 import recipe as recipes
 from run.dry_run import dry_run
-from tests.launch import ROOT, steps, tiny, train
+from tests.launch import ROOT, run_script, steps, tiny, train
 
 TWINS = {
     "nvfp4_12b": "bf16_12b",
@@ -85,6 +85,25 @@ TOKENS = {
 }
 
 
+# What the counts of parameters cannot tell: query and key/value heads, width of a head, position, learning rate, betas,
+# warm-up (steps, or a share), where the decay starts and what it ends at, sequences and tokens a step, first and last
+# blocks in BF16, where the blends change. arXiv 2509.25149 (hybrids), 2609.02846 (1.2B), 2506.08027, 2310.18313,
+# 2502.20586; what no paper says, and the rest of what a value rests on, stands beside it in the recipe.
+WSD, COSINE = "wsd", "cosine"
+SETTINGS = {
+    "nvfp4_12b": (40, 8, 128, "none", 4.5e-4, (0.9, 0.95), (WSD, 2000, 0.2, 0.01), 736, 8192, (2, 8), [0.7, 0.9]),
+    "nvfp4_8b": (32, 4, 128, "none", 8e-4, (0.9, 0.95), (WSD, 2000, 0.15, 0.01), 768, 8192, (0, 8), [0.6]),
+    "nvfp4_1.2b": (16, 8, 128, "rope", 1.2e-3, (0.9, 0.95), (WSD, 2000, 0.15, 0.01), 768, 8192, (0, 4), []),
+    "mxfp8_8b": (32, 8, 128, "rope", 6e-4, (0.9, 0.95), (WSD, 2000, 0.15, 0.01), 768, 8192, (0, 0), [0.6]),
+    "mxfp8_843m": (16, 16, 64, "rope", 6e-4, (0.9, 0.95), (WSD, 2000, 0.15, 0.01), 768, 8192, (0, 0), []),
+    "fp8lm_7b": (32, 32, 128, "rope", 3e-4, (0.9, 0.95), (COSINE, 1000, None, 0.1), 2048, 2048, (0, 0), []),
+    "fp8lm_13b": (40, 40, 128, "rope", 3e-4, (0.9, 0.95), (COSINE, 1000, None, 0.1), 2048, 2048, (0, 0), []),
+    "fp8lm_175b": (96, 96, 128, "rope", 3e-5, (0.9, 0.95), (COSINE, 1000, None, 0.1), 512, 2048, (0, 0), []),
+    "mxfp4_1.3b": (16, 16, 128, "rope", 2e-4, (0.9, 0.999), (COSINE, 0.01, None, 0.1), 1024, 2048, (0, 0), []),
+}
+PATTERNS = {"nvfp4_12b": {"M": 28, "-": 28, "*": 6}, "nvfp4_8b": {"M": 24, "-": 24, "*": 4}}
+
+
 MINIMAL = {"steps": 1, "global_batch": 1, "micro_batch": 1, "seq_len": 1}
 
 
@@ -103,6 +122,21 @@ def test_size_and_length_are_the_papers(name):
     assert recipe.model.parameter_count() == COUNTS[name]
     assert COUNTS[name] == pytest.approx(NOMINAL.get(name, COUNTS[name]), rel=0.02)
     assert 0 <= tokens(recipe) - TOKENS[name] < recipe.train.global_batch * recipe.train.seq_len
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_settings_are_the_papers(name):
+    for low_or_high in (name, TWINS[name]):
+        recipe = resolved(low_or_high)
+        model, optimizer, schedule = recipe.model, recipe.optimizer, recipe.schedule
+        heads = model.num_heads, model.num_kv_heads or model.num_heads, model.head_size, model.position
+        decay = schedule.decay if schedule.kind == WSD else None
+        rates = optimizer.lr, optimizer.betas, (schedule.kind, schedule.warmup, decay, schedule.final)
+        ends = (recipe.precision.bf16_first, recipe.precision.bf16_last) if low_or_high == name else SETTINGS[name][9]
+        batch = recipe.train.global_batch, recipe.train.seq_len, ends, [phase.start for phase in recipe.data.phases]
+        assert (*heads, *rates, *batch) == SETTINGS[name]
+        assert optimizer.weight_decay == 0.1
+        assert Counter(model.pattern or "") == PATTERNS.get(name, {})
 
 
 @pytest.mark.parametrize("name", BIG)
@@ -194,9 +228,8 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_every_shrink_trains_resumes_and_runs_in_its_formats(tmp_path, name):
-    """On its own layout; on a smaller text than the shipped one, which takes longer to prepare than to train on."""
+def run_and_resume(tmp_path, name: str) -> Path:
+    """20 steps of a shrink on its own layout; a smaller text than the shipped one, which takes longer to prepare."""
     tiny(tmp_path)  # for its corpus
     recipe, corpus, run = resolved(f"{name}_tiny"), str(tmp_path / "corpus.txt"), tmp_path / "run"
     parallel = recipe.parallel
@@ -219,6 +252,18 @@ def test_every_shrink_trains_resumes_and_runs_in_its_formats(tmp_path, name):
         assert done.returncode == code, done.stderr
     losses = [record["loss"] for record in steps(run)]
     assert len(losses) == 20 and sum(losses[-3:]) < sum(losses[:3])
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TWINS.values())
+def test_every_twin_of_a_shrink_trains_and_resumes(tmp_path, name):
+    run_and_resume(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_shrink_trains_resumes_and_runs_in_its_formats(tmp_path, name):
+    run = run_and_resume(tmp_path, name)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     receipts = [record["gemms"] for record in records if record["kind"] == "receipt"]
     assert len(receipts) == 2
@@ -228,6 +273,14 @@ def test_every_shrink_trains_resumes_and_runs_in_its_formats(tmp_path, name):
     memory = next(record for record in records if record["kind"] == "memory")["bytes"]
     if name.startswith("fp8lm"):
         assert memory["exp_avg_sq"] > 1.5 * memory["exp_avg"] and memory["master"] < 1.1 * memory["exp_avg_sq"]
+
+
+def test_the_list_has_every_recipe():
+    shown = run_script(str(ROOT / "train.py"), "--list")
+    assert shown.returncode == 0 and "Traceback" not in shown.stderr
+    names = [line.split()[0] for line in shown.stdout.splitlines()]
+    assert names == [name for name, _ in recipes.names()] and {"quickstart", *TWINS} <= set(names)
+    assert all(len(line.split(maxsplit=1)) == 2 for line in shown.stdout.splitlines()), "a line each says what it is"
 
 
 def test_a_run_without_the_users_data_says_so(tmp_path):

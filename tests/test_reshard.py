@@ -145,4 +145,5 @@ def test_hybrids_move_between_layouts(tmp_path):
 def test_every_layout_resumes_on_itself_and_two_others(tmp_path, model):
     names = [name for name in LAYOUTS if model is not LEAN or name not in STAGE_3]
     pairs = [(name, names[(i + ahead) % len(names)]) for i, name in enumerate(names) for ahead in (0, 1, 4)]
+    pairs += [("dp4-zero2", "one"), ("one", "dp4-zero2")]
     check(tmp_path, pairs, model)

@@ -63,14 +63,14 @@ def test_a_spike_is_one_rise_far_above_the_steps_before():
 def test_what_a_spike_of_the_gradient_norm_does_to_the_step(action, applied):
     norms = [1.0] * 40
     norms[30] = 10.0
-    found = _feed(_guard(on_spike=action), _noise(40), norms)
+    found = _feed(_guard(action=action), _noise(40), norms)
     assert [(step, set(spikes), done) for step, spikes, done in found] == [(30, {"grad_norm"}, applied)]
-    assert _feed(_guard(on_spike="off"), _noise(40), norms) == []
+    assert _feed(_guard(action="off"), _noise(40), norms) == []
 
 
 def test_a_level_that_stays_is_accepted_after_half_a_window():
     losses = _noise(60) + [x + 1 for x in _noise(60, 1)]
-    found = [step for step, _, _ in _feed(_guard(on_spike="skip"), losses)]
+    found = [step for step, _, _ in _feed(_guard(action="skip"), losses)]
     assert found[0] == 60 and 74 <= found[-1] <= 78, found
 
 
@@ -270,7 +270,7 @@ FAULT = "faulty=0,layers.0.attention.qkv,dgrad,25,1e6"
 
 
 def test_a_spiking_step_is_skipped(tmp_path):
-    done = train(tiny(tmp_path), *SPIKING, "spikes.on_spike=skip", FAULT, script=FAULTY)
+    done = train(tiny(tmp_path), *SPIKING, "spikes.action=skip", FAULT, script=FAULTY)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "run"
     assert [r["step"] for r in steps(run) if r["skipped"]] == [26]
@@ -282,7 +282,7 @@ def test_a_spiking_step_is_skipped(tmp_path):
 
 
 def test_a_run_goes_back_and_past_the_data_that_spiked(tmp_path):
-    keys = (*SPIKING, "spikes.on_spike=rollback", "spikes.patience=1", "metrics.tensorboard=true")
+    keys = (*SPIKING, "spikes.action=rollback", "spikes.patience=1", "metrics.tensorboard=true")
     done = train(tiny(tmp_path), *keys, FAULT, script=FAULTY)
     assert done.returncode == 1, "the fault is planted at a step, so no rollback gets past it"
     assert "step 26 spiked (gradient norm" in done.stderr and "3 rollbacks did not get" in done.stderr
@@ -303,7 +303,7 @@ def test_a_run_goes_back_and_past_the_data_that_spiked(tmp_path):
 
 def test_a_rollback_goes_before_a_checkpoint_among_the_spikes(tmp_path):
     faults = [f"faulty=0,layers.0.attention.qkv,dgrad,{step},1e6" for step in (28, 29, 30)]  # saved after the second
-    keys = (*SPIKING, "spikes.on_spike=rollback", "spikes.patience=3", "spikes.max_rollbacks=1", *faults)
+    keys = (*SPIKING, "spikes.action=rollback", "spikes.patience=3", "spikes.max_rollbacks=1", *faults)
     done = train(tiny(tmp_path), *keys, script=FAULTY)
     assert done.returncode == 1 and "step 31 spiked" in done.stderr, done.stderr
     (note,) = _notes(tmp_path / "run", "rollback")
@@ -320,7 +320,7 @@ def test_a_run_that_is_never_finite_ends(tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("spikes.on_spike=rollback", ["checkpoint.interval is 0"]),
+        ("spikes.action=rollback", ["checkpoint.interval is 0"]),
         ("spikes.window=3", ["spikes.window is 3"]),
         ("spikes.threshold=0", ["spikes.threshold is 0"]),
     ],

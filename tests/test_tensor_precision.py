@@ -169,7 +169,11 @@ def test_pipelines_and_tensor_parallelism_follow_one_process(policy):
     """Pipelines to the bit; tensor parallelism up to the order of additions in BF16."""
     model = (*SMALL, f"precision.policy={policy}", "precision.bf16_last=1", "model.num_layers=4")
     (alone,) = run_ranks(train_cases, 1, [model], 4)
-    pipeline = ("parallel.pp=2", "parallel.schedule=interleaved_zero_bubble")
-    for piped, tensor in run_ranks(train_cases, 2, [(*model, *pipeline), (*model, *SEQUENCE)], 4):
-        assert piped.losses == alone[0].losses
+    schedules = ("1f1b", "interleaved_zero_bubble", "zbv")
+    cases = [(*model, "parallel.pp=2", f"parallel.schedule={schedule}") for schedule in schedules]
+    for *piped, tensor in run_ranks(train_cases, 2, [*cases, (*model, *SEQUENCE)], 4):
+        assert [each.losses for each in piped] == [alone[0].losses] * 3
+        for each in piped:  # whose sums over parameters have another order
+            assert each.norms == pytest.approx(alone[0].norms, rel=1e-6)
+            assert each.parameter_norm == pytest.approx(alone[0].parameter_norm, rel=1e-6)
         assert tensor.losses == pytest.approx(alone[0].losses, rel=2e-2)

@@ -29,7 +29,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = (18, 70)  # ragged in every block, and more than one tile both ways for most
 AXES: tuple[Axis, ...] = (-1, 0)
 
-MXFP4 = resolve_spec("mxfp4", **STOCHASTIC, hadamard=64, three_quarters=True)
+MXFP4 = resolve_spec("mxfp4", **STOCHASTIC, hadamard=64, signs="call", three_quarters=True)
 NVFP4 = resolve_spec("nvfp4", **STOCHASTIC, hadamard=16)
 FAST: dict[str, QuantSpec] = {
     **SPECS,
