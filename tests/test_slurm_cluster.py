@@ -125,13 +125,15 @@ def test_a_node_is_lost_and_the_run_goes_on_with_the_other(cluster, job, tmp_pat
     starts = json.loads((run / "manifest.json").read_text())["starts"]
     assert [start["topology"]["dp"] for start in starts] == [2, 1]
     assert starts[1]["step"] >= 20
-    # FP32, two ranks' order of additions up to the loss of the node: the curves part slowly.
-    torch.testing.assert_close(_losses(run)[:100], _losses(tmp_path / "straight")[:100], rtol=1e-4, atol=0)
-    # To the bit it is a run that two ranks begin and one goes on with.
+    # It is a run that two ranks begin and one goes on with at that step, to the bit.
     keys, relay = (*keys, "checkpoint.keep=99"), tiny(tmp_path, "relay")
     train(relay, *keys, f"train.stop_at={starts[1]['step']}", ranks=2)
     assert train(relay, *keys).returncode == 0
     assert _losses(run) == _losses(tmp_path / "relay")
+    # And the curve of one rank from the start, but for the order of FP32 additions up to the loss of the node, whose
+    # differences grow with the steps (1.0001e-4 once at step 123). Not the proof, which is above: only that two ranks
+    # and one are the same training.
+    torch.testing.assert_close(_losses(run), _losses(tmp_path / "straight"), rtol=1e-2, atol=0)
 
 
 def test_cancelled_means_saved_and_gone(cluster, job, tmp_path):
