@@ -97,13 +97,13 @@ def assemble(
         peak=find_peak(device, gemm_dtype),
         devices=mesh.world_size,
         device=device,
-        node_size=launch.local_world_size,
     )
     records = Records(recipe, scale)
     announce = lambda path: records.message(f"saved {path}")  # noqa: E731
     saver = Saver(Path(recipe.run.dir), recipe.checkpoint, announce, recipe.parallel.timeout_s)
     watchdog = Watchdog(recipe.watch, Path(recipe.run.dir), mesh.rank, recipe.parallel.timeout_s)
-    run = Run(recipe, mesh, device, data, local, records, saver, stop, watchdog, Stragglers(recipe.watch, device))
+    stragglers = Stragglers(recipe.watch, device, launch.node)
+    run = Run(recipe, mesh, device, data, local, records, saver, stop, watchdog, stragglers)
     if start is not None:
         restore(run, start, allow_precision_change=allow_precision_change)
     return run, start

@@ -60,6 +60,11 @@ class StopRequest:
         self.name = signal.Signals(number).name
 
 
+def pending() -> str | None:
+    """A signal that asks to stop, and that this process has blocked and not yet taken; None: there is none."""
+    return next((signal.Signals(number).name for number in signal.sigpending() & set(STOP_SIGNALS)), None)
+
+
 def stop_with_parent() -> None:
     """Have the kernel send SIGTERM to this process when the one that started it dies (Linux; else nothing).
 

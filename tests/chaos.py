@@ -42,12 +42,13 @@ from parallel import catalog
 from parallel.checkpoint import load_weights
 from run import exits
 from run.watchdog import FOLDER as STACKS
+from slurm.node import ATTEMPT
 from tests.chaos_verdict import Curve, Ending, Outcome, as_table, judge
 from tests.launch import ROOT, environment, tiny, train
 
 FAULTS = ("kill", "twice", "stop", "agent", "disk", "delete", "flip")
 WEIGHTS = (4, 2, 1, 2, 2, 2, 2)  # a rank that stands still takes a minute to be noticed and ended
-STEPS_EACH = 25
+STEPS_EACH = 15
 LIMIT_S = 600  # for a run to go on after a fault
 KEYS = (
     "checkpoint.interval=2",
@@ -92,7 +93,8 @@ class Nodes:
             words += [f"--rdzv-conf=is_host={int(node == 0)}", "--local-addr=127.0.0.1", "--max-restarts=2"]
             with self.log.open("a") as log:
                 command = [*words, str(ROOT / "train.py"), *self.arguments]
-                self.agents.append(subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=log, stderr=log))
+                variables = environment() | {ATTEMPT: str(self.starts)}
+                self.agents.append(subprocess.Popen(command, env=variables, cwd=ROOT, stdout=log, stderr=log))
 
     def workers(self) -> list[psutil.Process]:
         """Ranks that live, orphans of a killed agent too."""
@@ -238,13 +240,15 @@ class Chaos:
             target += self.send(signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
         self.wait(lambda: len(_starts(run)) > moment.starts, f"a start after {fault}")
         resumed = _starts(run)[moment.starts]
+        log = lambda: self.nodes.log.read_bytes()[moment.log :].decode(errors="replace")  # noqa: E731
+        # Until the log says so, metrics.jsonl still has the steps that the fault took back.
+        self.wait(lambda: f"(step {resumed}, " in log(), f"the log to say that it goes on after {fault}")
         self.wait(lambda: self.nodes.done or _step(run) > resumed, f"a step after {fault}")
         said = [(each["code"], each["reason"]) for each in _lines(run / exits.HISTORY)[moment.exits :]]
         newest = next((step for step in moment.complete if damaged is None or step < damaged), 0)
         ends, seconds, number = self.nodes.ends[moment.ends :], time.monotonic() - began, len(self.outcomes) + 1
         outcome = Outcome(number, fault, target, moment.at, newest, damaged, resumed, ends, said, seconds)
-        log = self.nodes.log.read_bytes()[moment.log :].decode(errors="replace")
-        outcome.wrong = judge(outcome, _size(run / STACKS) - moment.stacks, log, _curve(run), self.straight)
+        outcome.wrong = judge(outcome, _size(run / STACKS) - moment.stacks, log(), _curve(run), self.straight)
         self.outcomes.append(outcome)
         print(outcome.describe(), file=sys.stderr, flush=True)
 

@@ -37,7 +37,7 @@ class Outcome:
         """How the start that was struck ended, in a few words."""
         if not self.ends:
             return "restarted by torchrun"
-        return "; ".join(f"{code or 'no code'} {reason}" for code, reason in self.ends)
+        return "; ".join(f"{code or 'no code'} {reason[:60]}" for code, reason in self.ends)
 
     def describe(self) -> str:
         verdict = f"WRONG: {'; '.join(self.wrong)}" if self.wrong else "ok"
@@ -56,8 +56,6 @@ def judge(outcome: Outcome, stacks: int, log: str, curve: Curve, straight: Curve
         found.append(f"lost a completed save: went on from {outcome.resumed}, not from {outcome.newest}")
     if outcome.resumed == outcome.damaged:
         found.append(f"went on from the damaged checkpoint of step {outcome.damaged}")
-    if f"(step {outcome.resumed}, " not in log:
-        found.append("the log does not say where it went on")
     allowed = GOES_ON | ({CANNOT_WRITE} if outcome.fault == "disk" else set())
     found += [f"the job would have ended: {code} {reason}" for code, reason in outcome.ends if code not in allowed]
     expected = {
