@@ -10,7 +10,7 @@ import recipe as recipes
 from run import exits
 from run.records import write_resolved
 from slurm import health, node
-from tests.launch import ROOT, run_script, tiny
+from tests.launch import ROOT, run_script, tiny, train
 from tests.slurm_programs import program
 
 
@@ -81,6 +81,23 @@ def test_a_signal_before_the_run_is_recorded_as_its_end(tmp_path):
     subprocess.run([sys.executable, "-c", BLOCKED, str(tmp_path)], cwd=ROOT, check=True)
     expected = {"code": 75, "reason": "received SIGUSR1 before the run began"}
     assert json.loads((tmp_path / "exit.json").read_text()) == expected
+
+
+def test_a_worker_restarted_after_a_final_code_ends_with_it(tmp_path):
+    """torchrun restarts workers whatever they ended with; only those of the same start of the same job are told."""
+    run = tmp_path / "run"
+    run.mkdir()
+    exits.record(run, 5, "stuck", 0, "42.0.2")
+    assert [exits.settled(run, name) for name in ("42.0.2", "42.1.2", None)] == [5, None, None]
+    said = train(tiny(tmp_path), "train.steps=2", variables=[{node.ATTEMPT: "42.0.2"}])
+    assert said.returncode == 5 and not (run / "metrics.jsonl").exists(), said.stderr
+    assert json.loads((run / "exit.json").read_text()) == {"code": 5, "reason": "stuck"}
+    exits.clear(run)
+    exits.record(run, 1, "crashed", 0, "42.0.2")
+    assert exits.settled(run, "42.0.2") is None
+    with open(run / "exits.jsonl", "a") as torn:
+        torn.write('{"time": "2026')
+    assert exits.settled(run, "42.0.2") is None
 
 
 # --- slurm/ping.py

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from run import watchdog
+from run.evaluation import validation_loss
 from run.stragglers import Stragglers
 from run.watchdog import Watchdog
 from sections import WatchConfig
@@ -70,7 +72,9 @@ def test_the_limit_follows_what_steps_saves_and_validations_take(tmp_path, monke
 SUSPENDED = """
 import sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from run import watchdog
+from run.evaluation import validation_loss
 from sections import WatchConfig
 watchdog.GRACE_S, watchdog.POLL_S = 0.2, 0.1
 dog = watchdog.Watchdog(WatchConfig(hang_factor=2, hang_least_s=1), Path(sys.argv[1]), 0, 1)
@@ -114,6 +118,27 @@ def test_slow_ranks_are_named():
     assert found[0] == found[1] == found[2]
     assert [(steps, slow) for steps, slow, _ in found[0]] == [(4, [1]), (5, [1])]
     assert "rank 1 (n11)" in found[0][1][2]
+
+
+class _Batch(SimpleNamespace):
+    def to(self, device: torch.device) -> _Batch:
+        return self
+
+
+def _validate(rank: int) -> int:
+    """Beats of a validation of seven sequences, two a forward, on two ranks."""
+    fields = {"tokens": None, "labels": None, "positions": None, "document_ids": None}
+    stream = SimpleNamespace(batch=lambda indices: _Batch(**fields))
+    engine = lambda *batch: SimpleNamespace(cross_entropy=torch.tensor(2.0))  # noqa: E731
+    local = SimpleNamespace(parts=[torch.nn.Identity()], pipeline=None, engine=engine)
+    mesh, beats = SimpleNamespace(dp=2, dp_rank=rank, tp_rank=0), []
+    loss = validation_loss(local, stream, 7, 2, mesh, torch.device("cpu"), lambda: beats.append(1))  # pyright: ignore
+    assert loss == 2.0
+    return len(beats)
+
+
+def test_every_batch_of_a_validation_is_a_beat():
+    assert run_ranks(_validate, 2) == [2, 2]
 
 
 def test_config_problems():
