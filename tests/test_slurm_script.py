@@ -115,12 +115,13 @@ def test_where_nothing_is_requeued_the_next_job_leaves_the_node_out(tmp_path, to
 
 
 def test_a_run_that_can_use_fewer_nodes_goes_on_without_the_unfit_one(tmp_path, tools):
-    done = checked(tools, tmp_path / "run", UNFIT + ends(0), sizes="2 1")
-    assert done.returncode == 0 and "goes on with 2 x 8 processes: n1 n3" in done.stdout
+    done = checked(tools, tmp_path / "run", UNFIT + ends(75), sizes="2 1")
+    assert done.returncode == 75 and "goes on with 2 x 8 processes: n1 n3" in done.stdout
     first, second, ping, run = (tools / "sruns").read_text().splitlines()
     assert "--nodelist=n1,n2 " in first and "--kill-on-bad-exit=0" in first and "--check" in second
     assert "--nodelist=n1,n3 " in ping and "--ping" in ping and "--kill-on-bad-exit=1" in ping
-    assert "--nodelist=n1,n3 " in run and "--ping" not in run and not (tools / "calls").read_text()
+    assert "--nodelist=n1,n3 " in run and "--ping" not in run
+    assert "update JobId=42 ExcNodeList=n2" in (tools / "calls").read_text(), "nor is it given the node the next time"
 
 
 ALIKE = "for n in n1 n2 n3; do echo UNHEALTHY $n: 4 GPUs for 8 processes; done; exit 1"
@@ -132,9 +133,8 @@ ALIKE = "for n in n1 n2 n3; do echo UNHEALTHY $n: 4 GPUs for 8 processes; done; 
         (ALIKE, 2, "all 3 nodes say: 4 GPUs for 8 processes; no node of them is left out"),
         (ends(4, "/run has 0.0 GiB free") + "echo SHARED PROBLEM, seen by n1: x; exit 4", 4, "no node is to blame"),
         ("echo SHARED PROBLEM, seen by n1: /run has 0.0 GiB free; exit 4", 4, "no node is to blame"),
-        ("exit 1", 1, "and not of a node"),
     ],
-    ids=["all alike", "shared", "shared and full", "nobody knows"],
+    ids=["all alike", "shared", "shared and full"],
 )
 def test_no_node_is_left_out_for_what_all_share(tmp_path, tools, check, code, expected):
     done = checked(tools, tmp_path / "run", check)
@@ -149,12 +149,13 @@ def test_a_signal_during_the_checks_is_a_request_to_stop(tmp_path, tools, step):
     assert done.returncode == 75 and (tools / "calls").read_text() == REQUEUED, done.stdout
 
 
-def test_processes_that_do_not_meet_get_other_nodes_twice(tmp_path, tools):
-    node = 'case "$*" in *--ping) exit 1;; esac'
+@pytest.mark.parametrize("step", ["--check", "--ping"])
+def test_a_check_that_names_no_node_is_tried_three_times(tmp_path, tools, step):
+    node = f'case "$*" in *{step}) exit 1;; *) {ends(0)};; esac'
     calls = []
     for _ in range(3):
-        done = checked(tools, tmp_path / "run", node)
+        done = checked(tools, tmp_path / "run", f'rm -f "$RUN/exit.json"; {node}')
         calls.append((tools / "calls").read_text())
-    assert calls == [REQUEUED, REQUEUED, ""] and done.returncode == 1 and "for the 3. time" in done.stdout
-    checked(tools, tmp_path / "run", ends(0))
+    assert calls == [REQUEUED, REQUEUED, ""] and done.returncode == 1 and "in 3 starts" in done.stdout
+    checked(tools, tmp_path / "run", 'case "$*" in *--check|*--ping) ;; *) ' + ends(0) + ";; esac")
     assert not (tmp_path / "run" / "unmet").exists()
