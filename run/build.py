@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,7 +68,9 @@ def assemble(
     allow_precision_change: bool = False,
 ) -> tuple[Run, checkpoint.Checkpoint | None]:
     """A run that stands where the checkpoint of `find` does, or at its start, and writes nothing yet. Collective."""
-    stop = StopRequest(launch.end_time and launch.end_time - recipe.run.stop_before_s)
+    stop = StopRequest(
+        launch.end_time and launch.end_time - recipe.run.stop_before_s, os.getppid() if launch.torchrun else None
+    )
     device = choose_device(recipe.device, launch)
     keep_memory()
     use_all_cores(device, launch)

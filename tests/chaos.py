@@ -54,7 +54,7 @@ KEYS = (
     "checkpoint.interval=2",
     "optimizer.master=none",
     "optimizer.update=stochastic",
-    "watch.hang_least_s=4",
+    "watch.hang_least_s=10",
     "parallel.timeout_s=60",
 )
 
