@@ -32,7 +32,7 @@ def script(tools: Path, run: Path, variables: dict[str, str], *, code: Path = RO
     for name, text in {
         "scontrol": SCONTROL.replace("TOOLS", str(tools)),
         "squeue": SQUEUE.replace("TOOLS", str(tools)),
-        "sleep": "",
+        "sleep": '[ "$1" != 60 ]',  # which a requeue ends
         "srun": f'printf "%s " "$@" >> {tools}/sruns; echo "$SLURM_JOB_END_TIME" >> {tools}/sruns; eval "$NODE"',
     }.items():
         program(tools, name, text)

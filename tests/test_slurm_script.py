@@ -51,6 +51,7 @@ def test_what_follows_the_end_of_a_run(tmp_path, tools, node_does, variables, co
     done = script(tools, tmp_path / "run", variables | {"NODE": node_does})
     assert done.returncode == code, done.stdout + done.stderr
     assert (tools / "calls").read_text() == calls
+    assert "cannot be requeued" not in done.stdout
 
 
 @pytest.mark.parametrize(("code", "expected"), [(0, 0), (2, 2), (3, 3), (4, 4), (5, 5), (130, 130)])
