@@ -29,3 +29,9 @@ class CheckpointError(UserError):
     """A checkpoint cannot be written, or is not the one that this run can load."""
 
     exit_code = 4
+
+
+class StuckError(UserError):
+    """The run does not get on by itself: started again from its newest checkpoint it would end the same way."""
+
+    exit_code = 5

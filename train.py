@@ -5,9 +5,9 @@
     python train.py --recipe quickstart train.steps=50 run.dir=runs/try
     python train.py --recipe fp8lm_175b --dry-run             what one rank of its cluster would hold; no GPU, no data
 
-Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 75 preempted and saved (start the same command again), 124 hung,
-130 interrupted. Under torchrun, which would take 75 for a failure and restart, a preempted worker ends with 0 and
-RUN/exit.json holds the code (docs/slurm.md).
+Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 does not get on, 75 preempted and saved (start the same command
+again), 124 hung, 130 interrupted. Under torchrun, which would take 75 for a failure and restart, a preempted worker
+ends with 0 and RUN/exit.json holds the code (docs/slurm.md).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import faulthandler
 import logging
 import os
 import re
+import socket
 import sys
 import time
 import warnings
@@ -84,6 +85,8 @@ def main(argv: list[str]) -> int:
             return 0
         recipe = recipes.load(options.recipe, tuple(overrides), launch.world_size)
         run_dir = Path(recipe.run.dir)
+        if (settled := exits.settled(run_dir, launch.attempt)) is not None:
+            return settled
         if launch.rank == 0:
             exits.clear(run_dir)
         run = build(
@@ -102,14 +105,14 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         code, reason, known = exits.explain(error)
         if not known:
-            exits.record(run_dir, code, reason, launch.rank)
+            exits.record(run_dir, code, reason, launch.rank, launch.attempt)
             raise
         # Errors of the recipe are the same on every rank; later ones may be one rank's own.
         prefix = f"rank {launch.rank}: " if launch.rank else ""
         if not launch.rank or run_dir is not None:
             print(f"{prefix}error: {reason}", file=sys.stderr, flush=True)
     if launch.rank == 0 or code not in (0, REQUEUE):
-        exits.record(run_dir, code, reason, launch.rank)
+        exits.record(run_dir, code, reason, launch.rank, launch.attempt)
     return 0 if code == REQUEUE and launch.torchrun else code
 
 
@@ -125,6 +128,8 @@ def read_launch() -> Launch:
         torchrun="TORCHELASTIC_RUN_ID" in os.environ,
         threads=int(os.environ["OMP_NUM_THREADS"]) if "OMP_NUM_THREADS" in os.environ else None,
         end_time=float(os.environ["SLURM_JOB_END_TIME"]) if "SLURM_JOB_END_TIME" in os.environ else None,
+        node=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        attempt=os.environ.get("LOWPREC_ATTEMPT"),
     )
 
 

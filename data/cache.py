@@ -14,12 +14,15 @@ import fcntl
 import hashlib
 import json
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 _CHUNK_BYTES = 1 << 22
+SAY_EVERY_S = 20.0
 
 
 @contextmanager
@@ -65,11 +68,17 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
+    """Hex SHA-256 of a file, read in pieces; one that takes long says on stderr how far it is."""
+    digest, done, said = hashlib.sha256(), 0, time.monotonic()
     with open(path, "rb") as handle:
+        total = os.fstat(handle.fileno()).st_size
         while chunk := handle.read(_CHUNK_BYTES):
             digest.update(chunk)
+            done += len(chunk)
+            if time.monotonic() - said > SAY_EVERY_S:
+                said = time.monotonic()
+                text = f"SHA-256 of {path}: {done / 1e9:.1f} of {total / 1e9:.1f} GB"
+                print(text, file=sys.stderr, flush=True)
     return digest.hexdigest()
 
 

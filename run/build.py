@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,7 +68,9 @@ def assemble(
     allow_precision_change: bool = False,
 ) -> tuple[Run, checkpoint.Checkpoint | None]:
     """A run that stands where the checkpoint of `find` does, or at its start, and writes nothing yet. Collective."""
-    stop = StopRequest(launch.end_time and launch.end_time - recipe.run.stop_before_s)
+    stop = StopRequest(
+        launch.end_time and launch.end_time - recipe.run.stop_before_s, os.getppid() if launch.torchrun else None
+    )
     device = choose_device(recipe.device, launch)
     keep_memory()
     use_all_cores(device, launch)
@@ -97,13 +100,13 @@ def assemble(
         peak=find_peak(device, gemm_dtype),
         devices=mesh.world_size,
         device=device,
-        node_size=launch.local_world_size,
     )
     records = Records(recipe, scale)
     announce = lambda path: records.message(f"saved {path}")  # noqa: E731
     saver = Saver(Path(recipe.run.dir), recipe.checkpoint, announce, recipe.parallel.timeout_s)
     watchdog = Watchdog(recipe.watch, Path(recipe.run.dir), mesh.rank, recipe.parallel.timeout_s)
-    run = Run(recipe, mesh, device, data, local, records, saver, stop, watchdog, Stragglers(recipe.watch, device))
+    stragglers = Stragglers(recipe.watch, device, launch.node)
+    run = Run(recipe, mesh, device, data, local, records, saver, stop, watchdog, stragglers)
     if start is not None:
         restore(run, start, allow_precision_change=allow_precision_change)
     return run, start

@@ -6,7 +6,8 @@ import ctypes
 import datetime
 import os
 import platform
-from dataclasses import dataclass
+import socket
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,8 @@ class Launch:
     torchrun: started by torchrun, which restarts what ends with another code than 0
     threads:  CPU threads that the user asked for (OMP_NUM_THREADS), None if not said
     end_time: when the job's time is over, in seconds since the epoch; None: not known
+    node:     its name, for messages
+    attempt:  which start of which job of Slurm's this is, if slurm/node.py started it
     """
 
     rank: int = 0
@@ -34,6 +37,8 @@ class Launch:
     torchrun: bool = False
     threads: int | None = None
     end_time: float | None = None
+    node: str = field(default_factory=socket.gethostname)
+    attempt: str | None = None
 
 
 def choose_device(wanted: str, launch: Launch) -> torch.device:

@@ -8,7 +8,7 @@ forward gathers weights and all ranks must take part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,9 +52,18 @@ def _share(units: list[tuple[list[int], int]], mesh: Mesh) -> Iterator[tuple[lis
 
 @torch.no_grad()
 def validation_loss(
-    local: Local, stream: Samples, samples: int, micro_batch: int, mesh: Mesh, device: torch.device
+    local: Local,
+    stream: Samples,
+    samples: int,
+    micro_batch: int,
+    mesh: Mesh,
+    device: torch.device,
+    beat: Callable[[], object] = lambda: None,
 ) -> float:
-    """Mean cross-entropy [nats a token] of the first `samples` sequences of `stream`. Collective over the mesh."""
+    """Mean cross-entropy [nats a token] of the first `samples` sequences of `stream`. Collective over the mesh.
+
+    beat: called after every micro-batch: a validation may take longer than anything else, and is no hang
+    """
     total = torch.zeros((), dtype=torch.float64)
     for part in local.parts:
         part.eval()
@@ -67,6 +76,7 @@ def validation_loss(
                 loss = local.engine(batch.tokens, batch.labels, batch.positions, batch.document_ids).cross_entropy
             if loss is not None and mesh.tp_rank == 0:
                 total += weight * loss.double().cpu()
+            beat()
     finally:
         for part in local.parts:
             part.train()

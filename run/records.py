@@ -26,13 +26,12 @@ from run.stragglers import Report
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What turns a step's time into rates. flops_per_token: training FLOPs; devices: ranks, node_size of a node."""
+    """What turns a step's time into rates. flops_per_token: training FLOPs; devices: ranks."""
 
     flops_per_token: float
     peak: Peak
     devices: int
     device: torch.device
-    node_size: int = 1
 
 
 class Records:
@@ -143,7 +142,7 @@ class Records:
             seconds = [round(each, 6) for each in report.seconds]
             self._metrics.note("stragglers", step, {"seconds": seconds, "slow": sorted(report.slow)})
             if report.slow:
-                self._console.message(report.describe(self.scale.node_size))
+                self._console.message(report.describe())
 
     def skipped(self, step: int, samples: int) -> None:
         """So many samples were left out since this start, because their tokens are damaged (data.corrupt=skip)."""

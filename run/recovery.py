@@ -19,7 +19,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from errors import UserError
+from errors import StuckError
 from lowprec.watch import Finding, watching
 from parallel import checkpoint
 from run.build import restore
@@ -30,7 +30,7 @@ from run.state import Run
 def recover(run: Run) -> bool:
     """Look after the step just done; true if the run stands at an earlier step now.
 
-    Raises UserError, the same on all ranks, when the run does not get on.
+    Raises StuckError, the same on all ranks, when the run does not get on.
     """
     guard, config = run.guard, run.recipe.spikes
     if guard.spikes:
@@ -39,7 +39,7 @@ def recover(run: Run) -> bool:
         _say_fault(run, find_fault(run) if config.diagnose and guard.nonfinite == 1 else None)
         run.watchdog.beat(run.step)
     if guard.unapplied >= config.max_skipped:
-        raise UserError(
+        raise StuckError(
             f"{guard.unapplied} steps in a row were not applied, up to step {run.step} (spikes.max_skipped); "
             "metrics.jsonl says why of each; `python -m report.bisect RUN STEP` looks for the cause"
         )

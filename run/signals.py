@@ -31,11 +31,14 @@ class StopRequest:
 
     deadline: seconds since the epoch from which on the run should stop; None: never. Clocks of nodes differ: whichever
     rank's comes first stops all of them.
+    agent:    process id of torchrun's agent, whose signals count once. It sends SIGTERM, and half a minute later
+    SIGKILL; but where it is killed itself, the kernel sends SIGTERM in its name (`stop_with_parent`) at the end of each
+    of its threads that the worker is handed on to, two or more times within a moment.
     """
 
-    def __init__(self, deadline: float | None = None) -> None:
+    def __init__(self, deadline: float | None = None, agent: int | None = None) -> None:
         self.name: str | None = None
-        self._deadline = deadline
+        self._deadline, self._agent = deadline, agent
         for number in STOP_SIGNALS:  # for a thread of some library that was started before and blocks nothing
             signal.signal(number, self._receive)
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -52,12 +55,27 @@ class StopRequest:
 
     def _wait(self) -> None:
         while True:
-            self._receive(signal.sigwait(STOP_SIGNALS), None)
+            number, sender = _next_signal()
+            if self.name is None or sender is None or sender != self._agent:
+                self._receive(number, None)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.name is not None:
             os._exit(128 + number)
         self.name = signal.Signals(number).name
+
+
+def _next_signal() -> tuple[int, int | None]:
+    """Wait for one of STOP_SIGNALS, blocked in this thread: its number, and the process that sent it where known."""
+    if platform.system() != "Linux":
+        return signal.sigwait(STOP_SIGNALS), None
+    found = signal.sigwaitinfo(STOP_SIGNALS)
+    return found.si_signo, found.si_pid
+
+
+def pending() -> str | None:
+    """A signal that asks to stop, and that this process has blocked and not yet taken; None: there is none."""
+    return next((signal.Signals(number).name for number in signal.sigpending() & set(STOP_SIGNALS)), None)
 
 
 def stop_with_parent() -> None:

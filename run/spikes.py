@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from errors import UserError
+from errors import StuckError
 from lowprec.engine import StepResult
 from sections import SpikesConfig
 
@@ -92,11 +92,11 @@ class SpikeGuard:
         self.nonfinite = 0 if math.isfinite(loss) and math.isfinite(update.grad_norm) else self.nonfinite + 1
 
     def roll_back(self, step: int) -> None:
-        """Count a rollback from `step`. Raises UserError where there were too many that did not get past it."""
+        """Count a rollback from `step`. Raises StuckError where there were too many that did not get past it."""
         self.rollbacks = self.rollbacks + 1 if step <= self.furthest else 1
         self.furthest = max(step, self.furthest)
         if self.rollbacks > self.config.max_rollbacks:
-            raise UserError(
+            raise StuckError(
                 f"step {step} spiked ({self.describe()}) and {self.config.max_rollbacks} rollbacks did not get the run "
                 f"past step {self.furthest}; go back further (--resume PATH), lower optimizer.lr, or set "
                 "spikes.action=skip"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -27,6 +28,7 @@ from parallel.saver import Saver
 from recipe import Recipe, to_dict
 from report.metrics import StepRecord, ValidationRecord
 from run.evaluation import Replayed, validation_loss
+from run.exits import CLOSED
 from run.local import Local, stage_layers
 from run.probing import Prober
 from run.records import Records
@@ -35,6 +37,8 @@ from run.signals import StopRequest
 from run.spikes import SpikeGuard
 from run.stragglers import Stragglers
 from run.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 AMAX = "amax"  # kind of the tensors of delayed scaling in a checkpoint; another policy may not have them
 
@@ -85,7 +89,13 @@ class Run:
             self.saver.finish()
         self.records.close()
         if error is None:
-            dist.barrier()
+            try:
+                dist.barrier()
+            except RuntimeError as ending:
+                # Who is through may close its connections before the others are. All is saved and said by now.
+                if not any(sign in str(ending) for sign in CLOSED):
+                    raise
+                log.info("another rank has left: %s", ending)
             dist.destroy_process_group()
 
     def lr(self) -> float:
@@ -205,6 +215,10 @@ class Run:
             return f"train.stop_at={self.step}"
         return None
 
+    def _beat(self) -> None:
+        """Something between two steps is done."""
+        self.watchdog.beat(self.step)
+
     def probe(self) -> None:
         """Sample the numerics, if that is due. Collective."""
         if self.prober is not None and self.prober.due(self.step):
@@ -218,8 +232,8 @@ class Run:
         count = min(self.recipe.eval.samples or stream.num_samples, stream.num_samples)
         micro_batch = self.recipe.train.micro_batch
         self.begin_step()  # validation sees the weights as they are after the last update
-        self.validated = validation_loss(self.local, stream, count, micro_batch, self.mesh, self.device)
-        self.watchdog.beat(self.step)
+        self.validated = validation_loss(self.local, stream, count, micro_batch, self.mesh, self.device, self._beat)
+        self._beat()
         tokens = self.samples * self.recipe.train.seq_len
         self.records.validation(
             ValidationRecord(step=self.step, tokens=tokens, samples=self.samples, validation_loss=self.validated)
@@ -259,15 +273,15 @@ class Run:
         }
         if self.recipe.resume.verify:
             count = self.recipe.train.global_batch
-            meta["replay"] = {"loss": self.replay(count), "samples": count, "by": self._arithmetic()}
+            meta["replay"] = {"loss": self.replay(count, self._beat), "samples": count, "by": self._arithmetic()}
         self.saver.save(self.step, self.fragments(), meta, random_states(self.device) | self.engine.own_states())
         self.watchdog.beat(self.step)
 
-    def replay(self, count: int) -> float:
+    def replay(self, count: int, beat: Callable[[], object] = lambda: None) -> float:
         """The loss of the weights as they are on the `count` sequences before the position. Collective."""
         self.begin_step()
         batch, micro_batch = Replayed(self.data.train, self.samples - count), self.recipe.train.micro_batch
-        return validation_loss(self.local, batch, count, micro_batch, self.mesh, self.device)
+        return validation_loss(self.local, batch, count, micro_batch, self.mesh, self.device, beat)
 
     def _arithmetic(self) -> dict[str, object]:
         """What the order of additions in a forward depends on."""

@@ -21,24 +21,29 @@ from sections import WatchConfig
 
 @dataclass(frozen=True)
 class Report:
-    """Mean seconds of each rank over `steps` steps, their median, and the slow ones: rank -> multiple of it."""
+    """Mean seconds of each rank over `steps` steps, their median, and the slow ones: rank -> multiple of it.
+
+    nodes: name of each rank's
+    """
 
     steps: int
     seconds: list[float]
     median: float
     slow: dict[int, float]
+    nodes: list[str]
 
-    def describe(self, ranks_per_node: int) -> str:
-        """One line for people; nodes are numbered as the ranks lie on them."""
-        named = (f"{rank} (node {rank // ranks_per_node}) {ratio:.2f}x" for rank, ratio in self.slow.items())
+    def describe(self) -> str:
+        """One line for people."""
+        named = (f"{rank} ({self.nodes[rank]}) {ratio:.2f}x" for rank, ratio in self.slow.items())
         return f"stragglers over {self.steps} steps: rank {', '.join(named)} the median {self.median:.3f} s"
 
 
 class Stragglers:
-    """Times this rank's part of each step and compares the ranks from time to time."""
+    """Times this rank's part of each step and compares the ranks from time to time. node: name of this rank's."""
 
-    def __init__(self, config: WatchConfig, device: torch.device) -> None:
-        self._config, self._device = config, device
+    def __init__(self, config: WatchConfig, device: torch.device, node: str) -> None:
+        self._config, self._device, self._node = config, device, node
+        self._nodes: list[str] = []  # of all ranks, once they have met for the first comparison
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else None
         self._last, self._sum, self._steps = 0.0, 0.0, -1  # the first step compiles
 
@@ -61,6 +66,10 @@ class Stragglers:
         every, ranks = self._config.straggler_every, dist.get_world_size()
         if not every or step % every or not self._steps or ranks == 1:
             return None
+        if not self._nodes:
+            # Not computed from the rank: torchrun sorts nodes by address as text, n1, n10, n2.
+            self._nodes = [""] * ranks
+            dist.all_gather_object(self._nodes, self._node)
         mine = torch.tensor([self._sum / self._steps], dtype=torch.float64, device=self._device)
         everyone = torch.empty(ranks, dtype=torch.float64, device=self._device)
         dist.all_gather_single(everyone, mine)
@@ -69,4 +78,4 @@ class Stragglers:
         median = sorted(seconds)[(ranks - 1) // 2]
         limit = self._config.straggler_factor * median
         slow = {rank: each / median for rank, each in enumerate(seconds) if each > limit}
-        return Report(steps, seconds, median, slow)
+        return Report(steps, seconds, median, slow, self._nodes)

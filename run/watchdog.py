@@ -6,7 +6,7 @@ long steps take here. When nothing has been done for many times that long it wri
 RUN/stacks/rank-00003.txt, waits until the other ranks' watchdogs, which see the same, have done so too, and ends the
 process with code 124.
 
-    limit = max(hang_least_s, hang_factor x median step, 2 x the longest of the steps, saves and validations so far)
+    limit = max(hang_least_s, hang_factor x median step, 2 x the longest step, save or batch of validation so far)
 
 Before three steps are done it is parallel.timeout_s. Time in which the whole process was stopped (a suspended job)
 does not count. A hang that also holds Python's interpreter lock (a mapped file whose disk is gone) leaves this thread

@@ -1,6 +1,7 @@
 """What Slurm starts on each node of a job: the node's checks, or the run's torchrun agent. Called by train.sbatch.
 
-    python -P -m slurm.node RUN --host n1 --address 10.0.0.1 --port 20417 --nodes 2 --per-node 8 --restarts 3 [--check]
+    python -P -m slurm.node RUN --host n1 --address 10.0.0.1 --port 20417 --nodes 2 --per-node 8 --restarts 3
+                            [--check | --ping]
 
 The agents meet over torchrun's c10d rendezvous at the first node, which is told that it is the host: its name need not
 be its own idea of an address. Signals that ask a run to stop are blocked here and so, by inheritance, in the agent and
@@ -18,9 +19,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from errors import UserError
+from run import exits
 from run.signals import STOP_SIGNALS
 
 CODE = Path(__file__).resolve().parent.parent
+ATTEMPT = "LOWPREC_ATTEMPT"  # tells train.py which start of which job this is
 # What a cluster's environment, or the user's, says stays.
 ENVIRONMENT = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # tensor parallelism: kernels start in the order in which they were issued
@@ -40,32 +43,37 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
     return ENVIRONMENT | dict(given)
 
 
+def attempt(given: Mapping[str, str]) -> str:
+    """A name for this start of the run by this job, the same on all its nodes."""
+    return f"{given['SLURM_JOB_ID']}.{given.get('SLURM_RESTART_COUNT', 0)}.{given['SLURM_STEP_ID']}"
+
+
 def agent(options: argparse.Namespace, given: Mapping[str, str]) -> list[str]:
     """The command line of this node's torchrun agent."""
     is_host = int(given.get("SLURMD_NODENAME") == options.host)
-    attempt = f"{given['SLURM_JOB_ID']}.{given.get('SLURM_RESTART_COUNT', 0)}.{given['SLURM_STEP_ID']}"
     words = [sys.executable, "-P", "-m", "torch.distributed.run"]
     words += [f"--nnodes={options.nodes}", f"--nproc-per-node={options.per_node}", "--rdzv-backend=c10d"]
     words += [f"--rdzv-endpoint={options.address}:{options.port}", f"--rdzv-conf=is_host={is_host}"]
-    words += [f"--rdzv-id={attempt}", f"--max-restarts={0 if options.check else options.restarts}"]
-    if options.check:
+    words += [f"--rdzv-id={attempt(given)}", f"--max-restarts={0 if options.ping else options.restarts}"]
+    if options.ping:
         return [*words, str(CODE / "slurm" / "ping.py"), str(options.run)]
     return [*words, str(CODE / "train.py"), "--recipe", str(options.run / "resolved.yaml")]
 
 
-def check(run_dir: Path, processes: int) -> int:
-    """0 if this node is fit; else it has been reported."""
+def check(run_dir: Path, processes: int, given: Mapping[str, str]) -> int:
+    """0 if this node is fit; else the exit code that says why, and a line for train.sbatch."""
     from slurm import health  # reads recipes, which takes seconds that an agent need not wait
 
-    node = os.environ.get("SLURMD_NODENAME", "this node")
+    node, granted = given.get("SLURMD_NODENAME", "this node"), given.get("SLURM_GPUS_ON_NODE", "")
     try:
-        found = health.problems(run_dir, processes, node)
-    except UserError as error:
-        print(f"{node}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    if found:
-        health.report(run_dir, node, found)
-    return int(bool(found))
+        found = health.problems(run_dir, processes, node, int(granted) if granted.isdigit() else None)
+    except UserError as error:  # of the run's files, which are the same for all nodes
+        found = [health.Problem(str(error), error.exit_code)]
+    health.report(node, found)
+    shared = [problem for problem in found if problem.code is not None]
+    if shared:
+        exits.record(run_dir, shared[0].code or 0, "; ".join(problem.text for problem in shared), rank=0)
+    return shared[0].code or 0 if shared else int(bool(found))
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -77,19 +85,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--nodes", required=True, type=int)
     parser.add_argument("--per-node", required=True, type=int, help="processes")
     parser.add_argument("--restarts", required=True, type=int, help="of all workers after a crash")
-    parser.add_argument("--check", action="store_true", help="this node, then that all processes reach each other")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="only look whether this node is fit")
+    what.add_argument("--ping", action="store_true", help="only look whether all processes reach each other")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Check this node, or become its agent; returns the exit code of a check that failed."""
-    options = parse(argv)
-    if options.check and (code := check(options.run, options.per_node)):
-        return code
+    """Check this node, or become its agent; returns the exit code of a check."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    options = parse(argv)
+    if options.check:
+        code = check(options.run, options.per_node, os.environ)
+        return 0 if exits.stopped_before(options.run) else code
+    if exits.stopped_before(options.run):
+        return 0
     sys.stdout.flush()
     words = agent(options, os.environ)
-    os.execve(words[0], words, environment(os.environ))
+    os.execve(words[0], words, environment(os.environ) | {ATTEMPT: attempt(os.environ)})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ do. A run itself does not need them equal; logs, caches that go by modification 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from errors import UserError
+from errors import UsageError, UserError
+from run import exits
 from run.environment import Launch, choose_device, join
 from strict_yaml import load_yaml
 
@@ -43,15 +45,26 @@ def ping(wanted: str, launch: Launch) -> str:
     mine = torch.tensor([time.time()], dtype=torch.float64, device=device)
     clocks = torch.empty(ranks, dtype=torch.float64, device=device)
     dist.all_gather_single(clocks, mine)
+    nodes: list[str] = [""] * ranks  # torchrun sorts nodes by address as text: a rank's number does not say its node
+    dist.all_gather_object(nodes, launch.node)
     skew = float(clocks.max() - clocks.min())
     rate = elements * 4 / min(seconds) / 1e9
     line = f"{ranks} ranks reach each other ({rate:.2f} GB/s in sums); clocks differ by {skew:.3f} s"
     if skew > SKEW_S:
-        node = int((clocks - clocks.median()).abs().argmax()) // launch.local_world_size
-        line += f", MORE THAN {SKEW_S:.0f} s: set the clock of node {node} of the job"
+        away = clocks - clocks.median()
+        worst = int(away.abs().argmax())
+        line += f", MORE THAN {SKEW_S:.0f} s: set the clock of {nodes[worst]}, which is {float(away[worst]):+.1f} s off"
     dist.barrier()
     dist.destroy_process_group()
     return line
+
+
+def wanted_device(resolved: Path) -> str:
+    """The recipe's device, without the seconds that reading all of a recipe takes. Raises UsageError."""
+    try:
+        return load_yaml(resolved.read_text(encoding="utf-8"), str(resolved))["device"]
+    except (OSError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UsageError(f"cannot read the device in {resolved} ({error!r}); submit the run again") from None
 
 
 def main(run_dir: Path) -> int:
@@ -61,16 +74,17 @@ def main(run_dir: Path) -> int:
         world_size=int(os.environ["WORLD_SIZE"]),
         local_world_size=int(os.environ["LOCAL_WORLD_SIZE"]),
         meets=True,
+        node=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
     )
-    resolved = run_dir / "resolved.yaml"
+    code = 0
     try:
-        line = ping(load_yaml(resolved.read_text(), str(resolved))["device"], launch)
+        line = ping(wanted_device(run_dir / "resolved.yaml"), launch)
+        if launch.rank == 0:
+            print(line, flush=True)
     except UserError as error:
-        print(f"rank {launch.rank}: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    if launch.rank == 0:
-        print(line, flush=True)
-    return 0
+        print(f"rank {launch.rank} on {launch.node}: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    return 0 if exits.stopped_before(run_dir) else code
 
 
 if __name__ == "__main__":

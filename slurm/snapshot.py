@@ -1,6 +1,6 @@
 """The code that a job runs is a copy from when it was submitted: a queue is long, and a requeued run must not change.
 
-RUN/code/3f9c0a1b2d4e/      everything but tests and documents; named by the hash of its content
+RUN/code/3f9c0a1b2d4e/      all packages but the tests, and the recipes; named by the hash of its content
               SNAPSHOT.json what it was taken of: commit, and whether the work tree differed from it
 """
 
@@ -15,16 +15,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from errors import UserError
+from recipe import RECIPES
 from report.manifest import ROOT, SNAPSHOT, git_state
 
-FOLDERS = ("convert", "data", "lowprec", "model", "parallel", "recipes", "report", "run", "slurm")
+NO_PART = {"tests"}  # of a run
+COMPILED = {".pyc", ".so", ".o"}
 LARGEST = 16 << 20  # bytes; a larger file is data that somebody put there
 
 
 def take_snapshot(folder: Path, root: Path = ROOT) -> Path:
     """Copy the code in `root` to a directory of `folder`, unless it is there; return it. Raises UserError."""
-    files = sorted(_files(root))
-    contents = {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
+    try:
+        files = sorted(_files(root))
+        contents = {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
+    except OSError as error:
+        raise UserError(f"cannot read the code: {error.filename}: {error.strerror}; mend or remove it") from None
     digest = hashlib.sha256()
     for name, content in contents.items():
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
@@ -53,9 +58,10 @@ def take_snapshot(folder: Path, root: Path = ROOT) -> Path:
 def _files(root: Path) -> Iterator[Path]:
     """What a run may need."""
     yield from root.glob("*.py")
-    for name in FOLDERS:
+    packages = {path.parent.name for path in root.glob("*/__init__.py")} - NO_PART
+    for name in sorted(packages | {RECIPES.name}):
         for folder, folders, names in os.walk(root / name):
             folders[:] = [each for each in folders if each != "__pycache__" and not each.startswith(".")]
             for path in (Path(folder, each) for each in names if not each.startswith(".")):
-                if path.suffix not in {".pyc", ".so", ".o"} and path.stat().st_size <= LARGEST:
+                if path.suffix not in COMPILED and path.is_file() and path.stat().st_size <= LARGEST:
                     yield path

@@ -72,13 +72,31 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
     if (folder / "resolved.yaml").is_file():
         yield folder
     elif depth:
-        for below in sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "code"):
+        try:
+            folders = sorted(path for path in folder.iterdir() if path.is_dir() and path.name != "code")
+        except OSError as error:
+            raise UsageError(f"cannot read {folder}: {error.strerror}") from None
+        for below in folders:
             yield from _below(below, depth - 1)
 
 
 def read_status(run_dir: Path, now: float | None = None) -> Status:
-    """The state of one run directory at `now`, seconds since the epoch. Raises UsageError for damaged files."""
+    """The state of one run directory at `now`, seconds since the epoch.
+
+    Raises UsageError for files that are damaged or cannot be read, UserError if Slurm does not answer.
+    """
     now = time.time() if now is None else now
+    try:
+        return _read(run_dir, now)
+    except OSError as error:
+        raise UsageError(f"cannot read {error.filename or run_dir}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"a file of {run_dir} is damaged: it is no text") from None
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise UsageError(f"a file of {run_dir} is damaged, or of another version: {error!r}") from None
+
+
+def _read(run_dir: Path, now: float) -> Status:
     records = list(_last_records(run_dir / "metrics.jsonl"))
     recipe: dict[str, Any] = load_yaml((run_dir / "resolved.yaml").read_text(), str(run_dir / "resolved.yaml"))
     steps = recipe["train"]["steps"]
@@ -197,21 +215,27 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory, or one above several")
     parser.add_argument("--json", action="store_true", help="one JSON object a run")
     options = parser.parse_args(argv)
+    found, code = [], 0
     try:
         places = find_runs(options.runs)
         if not places:
             raise UsageError(f"no run (a directory with resolved.yaml) in {', '.join(map(str, options.runs))}")
-        found = [read_status(place) for place in places]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    for place in places:
+        try:
+            found.append(read_status(place))
+        except UserError as error:  # of one run: the others still stand as they do
+            print(f"error: {error}", file=sys.stderr)
+            code = error.exit_code
     if options.json:
         for each in found:
             print(json.dumps(asdict(each)))
-    else:
+    elif found:
         console = Console(width=None if sys.stdout.isatty() else WIDTH)
         console.print(as_table(found))
-    return 0
+    return code
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from recipe import Recipe
 from run import exits
 from run.dry_run import dry_run
 from run.records import write_resolved
-from slurm.health import UNHEALTHY
+from slurm.health import UNHEALTHY, UNMET
 from slurm.jobs import job_states, read_jobs, remember_job, submit_job
 from slurm.snapshot import take_snapshot
 
@@ -62,9 +62,15 @@ class Plan:
         return self.runs[0][1]
 
 
-def refuse_what_does_not_fit(recipe: Recipe, world_size: int) -> str:
-    """What one rank would hold; raises UsageError with everything that does not divide or fit."""
-    return dry_run(recipe, world_size)
+def refuse_what_does_not_fit(plan: Plan) -> str:
+    """What one rank would hold; raises UsageError with everything that does not divide or fit, on any of its sizes."""
+    report = dry_run(plan.recipe, plan.nodes * plan.per_node)
+    for nodes in plan.sizes[1:]:
+        try:
+            dry_run(plan.recipe, nodes * plan.per_node)
+        except UsageError as error:
+            raise UsageError(f"on {nodes} nodes, which --min-nodes allows: {error}") from None
+    return report
 
 
 def make_plan(options: argparse.Namespace, overrides: Sequence[str]) -> Plan:
@@ -80,6 +86,12 @@ def make_plan(options: argparse.Namespace, overrides: Sequence[str]) -> Plan:
     seeds = [None] if options.seeds is None else _seeds(options.seeds)
     placed = [(seed, _placed(recipe, root, seed)) for seed in seeds]
     sizes = [n for n in range(options.nodes, least - 1, -1) if n == options.nodes or not recipe.problems(n * per_node)]
+    if least < options.nodes and sizes == [options.nodes]:
+        below = next((n for n in range(least - 1, 0, -1) if not recipe.problems(n * per_node)), None)
+        raise UsageError(
+            f"--min-nodes is {least}, but the run can use no number of nodes from {least} to {options.nodes - 1} with "
+            f"{per_node} processes each; " + (f"use --min-nodes={below}" if below else "drop --min-nodes")
+        )
     return Plan(root, tuple(placed), options.nodes, per_node, tuple(sizes))
 
 
@@ -174,11 +186,16 @@ def submit(plan: Plan, options: argparse.Namespace, sbatch_options: Sequence[str
         folder = Path(recipe.run.dir)
         write_resolved(folder, recipe)
         exits.clear(folder)
-        (folder / UNHEALTHY).unlink(missing_ok=True)
+        for name in (UNHEALTHY, UNMET):
+            exits.forget(folder / name)
     numbers: list[str] = []
     for words in commands(plan, options, sbatch_options, code):
         command = after(words, numbers[-1]) if numbers else words
-        numbers.append(submit_job(command))
+        try:
+            numbers.append(submit_job(command))
+        except UserError as error:
+            before = f" (already submitted of the chain: {', '.join(numbers)})" if numbers else ""
+            raise UserError(f"{error}{before}") from None
         remember_job(plan.root, numbers[-1], command)
     return numbers
 
@@ -218,6 +235,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]
             raise UsageError(
                 f"{word!r} is no option of ours; write options of sbatch --name=value, overrides section.key=value"
             )
+    if options.chain > 1 and any(word.partition("=")[0] == "--dependency" for word in sbatch_options):
+        raise UsageError(
+            "--dependency with --chain: each job of a chain waits for the one before it, and would not any more; drop "
+            "one of the two"
+        )
     if options.container_mounts and not options.container_image:
         raise UsageError("--container-mounts needs --container-image")
     return options, sbatch_options, overrides
@@ -240,7 +262,7 @@ def main(argv: Sequence[str]) -> int:
         options, sbatch_options, overrides = parse(argv)
         plan = make_plan(options, overrides)
         check_time(sbatch_options, plan.recipe.run.stop_before_s)
-        report = refuse_what_does_not_fit(plan.recipe, plan.nodes * plan.per_node)
+        report = refuse_what_does_not_fit(plan)
         if options.dry_run:
             print(report)
             print(f"nodes that it can use: {_choice(plan.sizes)}, with {plan.per_node} processes each")

@@ -4,15 +4,18 @@
 
 Two torchrun agents on this machine stand for two nodes with a rank each. What a batch job does is done here: when the
 agents end, RUN/exit.json is read, and the run is started again unless it is done. Faults, in random order, at random
-moments of start-up, steps and saves:
+moments of steps and saves:
 
     kill    SIGKILL to a rank                            disk    the run's file system is full
-    stop    SIGSTOP to a rank: it stands still           delete  the newest checkpoint is deleted, then a kill
-    agent   SIGKILL to a torchrun agent                  flip    a byte of the newest checkpoint flips, then a kill
+    twice   the same, and again while the run starts     delete  the newest checkpoint is deleted, then a kill
+    stop    SIGSTOP to a rank: it stands still           flip    a byte of the newest checkpoint flips, then a kill
+    agent   SIGKILL to a torchrun agent
 
-Checked after each fault: the run went on from a checkpoint not older than the newest undamaged one that was complete
-when the fault struck. Checked at the end: every loss and every weight equals, bit for bit, those of a run that nothing
-happened to. Needs root, for a small file system of its own to fill up; without it that fault is left out.
+Checked after each fault (`judge`): the run went on from a checkpoint not older than the newest undamaged one that was
+complete when the fault struck, and never from the damaged one; it ended in the way that this fault should make it end,
+and with a code after which slurm/train.sbatch goes on; every loss so far equals, bit for bit, that of a run that
+nothing happened to. At the end the weights do, too. Needs root, for a small file system of its own to fill up; without
+it that fault is left out.
 """
 
 from __future__ import annotations
@@ -34,39 +37,39 @@ from pathlib import Path
 import psutil
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from parallel import catalog
 from parallel.checkpoint import load_weights
-from tests.launch import ROOT, environment, steps, tiny, train
+from run import exits
+from run.watchdog import FOLDER as STACKS
+from slurm.node import ATTEMPT
+from tests.chaos_verdict import Curve, Ending, Outcome, as_table, judge
+from tests.launch import ROOT, environment, tiny, train
 
-FAULTS = ("kill", "stop", "agent", "disk", "delete", "flip")
-WEIGHTS = (6, 1, 2, 2, 2, 2)  # a rank that stands still takes a minute to be noticed and ended
+FAULTS = ("kill", "twice", "stop", "agent", "disk", "delete", "flip")
+WEIGHTS = (4, 2, 1, 2, 2, 2, 2)  # a rank that stands still takes a minute to be noticed and ended
 STEPS_EACH = 15
 LIMIT_S = 600  # for a run to go on after a fault
 KEYS = (
     "checkpoint.interval=2",
     "optimizer.master=none",
     "optimizer.update=stochastic",
-    "watch.hang_least_s=4",
+    "watch.hang_least_s=10",
     "parallel.timeout_s=60",
 )
 
 
 @dataclass
-class Outcome:
-    """One fault. newest: step of the newest undamaged checkpoint when it struck; resumed: where the run went on."""
+class Moment:
+    """How the run stood when a fault struck: its step, complete checkpoints (newest first), and what it had said."""
 
-    fault: str
     at: int
-    newest: int
-    resumed: int
-    ends: list[str]
-    seconds: float
-
-    @property
-    def wrong(self) -> bool:
-        return self.resumed < self.newest
+    complete: list[int]
+    starts: int
+    ends: int
+    exits: int
+    stacks: int
+    log: int
 
 
 @dataclass
@@ -77,20 +80,21 @@ class Nodes:
     arguments: list[str]
     log: Path
     agents: list[subprocess.Popen] = field(default_factory=list)
-    ends: list[str] = field(default_factory=list)
+    ends: list[Ending] = field(default_factory=list)
     starts: int = 0
 
     def start(self) -> None:
         """Both agents, as slurm/node.py does."""
         port, self.starts = 21000 + random.randrange(8000), self.starts + 1
-        (self.run / "exit.json").unlink(missing_ok=True)
+        (self.run / exits.LATEST).unlink(missing_ok=True)
         for node in range(2):
             words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
             words += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", f"--rdzv-id={self.starts}"]
             words += [f"--rdzv-conf=is_host={int(node == 0)}", "--local-addr=127.0.0.1", "--max-restarts=2"]
             with self.log.open("a") as log:
                 command = [*words, str(ROOT / "train.py"), *self.arguments]
-                self.agents.append(subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=log, stderr=log))
+                variables = environment() | {ATTEMPT: str(self.starts)}
+                self.agents.append(subprocess.Popen(command, env=variables, cwd=ROOT, stdout=log, stderr=log))
 
     def workers(self) -> list[psutil.Process]:
         """Ranks that live, orphans of a killed agent too."""
@@ -113,14 +117,15 @@ class Nodes:
         if None in [agent.poll() for agent in self.agents] and not any(codes):
             return
         self.end()
-        ended = self.run / "exit.json"
-        self.ends.append(json.loads(ended.read_text())["reason"].splitlines()[0] if ended.is_file() else "no word")
+        ended = self.run / exits.LATEST
+        said = json.loads(ended.read_text()) if ended.is_file() else {"code": None, "reason": "no word"}
+        self.ends.append((said["code"], said["reason"].splitlines()[0]))
         if not self.done:
             self.start()
 
     @property
     def done(self) -> bool:
-        ended = self.run / "exit.json"
+        ended = self.run / exits.LATEST
         return not self.agents and ended.is_file() and json.loads(ended.read_text())["code"] == 0
 
     def end(self) -> None:
@@ -145,19 +150,38 @@ def _starts(run: Path) -> list[int]:
     return [start["step"] for start in json.loads(path.read_text())["starts"]] if path.is_file() else []
 
 
+def _lines(path: Path) -> list[dict]:
+    """Complete records of a file that is being written."""
+    found = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def _curve(run: Path) -> Curve:
+    """Step and loss of all steps so far."""
+    return [(each["step"], each["loss"]) for each in _lines(run / "metrics.jsonl") if each["kind"] == "step"]
+
+
 def _step(run: Path) -> int:
-    found = steps(run) if (run / "metrics.jsonl").is_file() else []
-    return found[-1]["step"] if found else 0
+    return max((step for step, _ in _curve(run)), default=0)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of those in a directory; 0 if it is not there."""
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 class Chaos:
-    """One run, its faults, and what came of them."""
+    """One run, its faults, and what came of them. straight: losses of the run that nothing happened to."""
 
-    def __init__(self, folder: Path, seed: int, total: int) -> None:
-        self.draw = random.Random(seed)
+    def __init__(self, folder: Path, seed: int, total: int, straight: Curve) -> None:
+        self.draw, self.straight = random.Random(seed), straight
         self.disk = folder / "run"
         self.disk.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(self.disk)]
+        mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(self.disk)]
         self.mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
         arguments = ["--recipe", str(tiny(folder, "run")), f"train.steps={total}", *KEYS]
         self.nodes = Nodes(self.disk, arguments, folder / "log")
@@ -178,7 +202,19 @@ class Chaos:
             if time.monotonic() > end:
                 raise SystemExit(f"waited {LIMIT_S} s for {what}; log: {self.nodes.log}")
             self.nodes.tend()
-            time.sleep(0.02)
+            time.sleep(0.05)
+
+    def look(self) -> Moment:
+        run = self.disk
+        return Moment(
+            at=_step(run),
+            complete=_complete(run),
+            starts=len(_starts(run)),
+            ends=len(self.nodes.ends),
+            exits=len(_lines(run / exits.HISTORY)),
+            stacks=_size(run / STACKS),
+            log=_size(self.nodes.log),
+        )
 
     def strike(self, fault: str) -> None:
         """One fault at a random moment after the run has made progress, until it has gone on."""
@@ -188,59 +224,97 @@ class Chaos:
         time.sleep(draw.uniform(0, 0.6))
         if self.nodes.done:
             return
-        began, starts, ends, at = time.monotonic(), len(_starts(run)), len(self.nodes.ends), _step(run)
-        complete = _complete(run)
-        if fault in ("delete", "flip"):
-            complete = self.damage(run / catalog.FOLDER / catalog.folder_name(complete[0]), fault)
-        filler = run / "filler"
-        if fault == "disk":
-            free = shutil.disk_usage(run).free
-            with suppress(OSError):  # the run writes, too: full all the same
-                filler.write_bytes(bytes(max(0, free - 4096 * draw.randrange(4))))
-            self.wait(lambda: len(self.nodes.ends) > ends, "the full disk to be noticed")
-            filler.unlink()
+        moment, damaged, began = self.look(), None, time.monotonic()
+        if fault == "twice":
+            target, moment = self.kill_twice()
+        elif fault == "disk":
+            target = self.fill_up()
         elif fault == "agent":
-            draw.choice(self.nodes.agents).kill()
-        elif workers := self.nodes.workers():
-            with suppress(psutil.NoSuchProcess):
-                draw.choice(workers).send_signal(signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
-        self.wait(lambda: len(_starts(run)) > starts, f"a start after {fault}")
-        resumed = _starts(run)[starts]
+            node = draw.randrange(2)
+            self.nodes.agents[node].kill()
+            target = f"agent {node}"
+        else:
+            target = ""
+            if fault in ("delete", "flip"):
+                damaged, target = self.damage(run / catalog.FOLDER / catalog.folder_name(moment.complete[0]), fault)
+            target += self.send(signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
+        self.wait(lambda: len(_starts(run)) > moment.starts, f"a start after {fault}")
+        resumed = _starts(run)[moment.starts]
+        log = lambda: self.nodes.log.read_bytes()[moment.log :].decode(errors="replace")  # noqa: E731
+        # Until the log says so, metrics.jsonl still has the steps that the fault took back.
+        self.wait(lambda: f"(step {resumed}, " in log(), f"the log to say that it goes on after {fault}")
         self.wait(lambda: self.nodes.done or _step(run) > resumed, f"a step after {fault}")
-        how = self.nodes.ends[ends:] or ["restarted by torchrun"]
-        self.outcomes.append(Outcome(fault, at, complete[0], resumed, how, time.monotonic() - began))
-        print(f"{len(self.outcomes)}: {self.outcomes[-1]}", file=sys.stderr, flush=True)
+        said = [(each["code"], each["reason"]) for each in _lines(run / exits.HISTORY)[moment.exits :]]
+        newest = next((step for step in moment.complete if damaged is None or step < damaged), 0)
+        ends, seconds, number = self.nodes.ends[moment.ends :], time.monotonic() - began, len(self.outcomes) + 1
+        outcome = Outcome(number, fault, target, moment.at, newest, damaged, resumed, ends, said, seconds)
+        outcome.wrong = judge(outcome, _size(run / STACKS) - moment.stacks, log(), _curve(run), self.straight)
+        self.outcomes.append(outcome)
+        print(outcome.describe(), file=sys.stderr, flush=True)
 
-    def damage(self, newest: Path, fault: str) -> list[int]:
-        """Delete a checkpoint or flip a byte of one of its files; the steps of those that are left."""
+    def send(self, number: signal.Signals) -> str:
+        """A signal to one of the ranks that live; which."""
+        if not (workers := self.nodes.workers()):
+            return "no rank, none lived"
+        worker, rank = self.draw.choice(workers), "a rank that had ended"
+        with suppress(psutil.Error):
+            rank = f"rank {worker.environ()['RANK']}"
+            worker.send_signal(number)
+        return rank
+
+    def kill_twice(self) -> tuple[str, Moment]:
+        """Kill a rank, then one of those that start after it; what, and how the run stood at the second kill."""
+        old = {worker.pid for worker in self.nodes.workers()}
+        first = self.send(signal.SIGKILL)
+        self.wait(lambda: len({worker.pid for worker in self.nodes.workers()} - old) == 2, "both ranks to start again")
+        pause = self.draw.uniform(0, 15)  # a start takes about as long here
+        end = time.monotonic() + pause
+        self.wait(lambda: time.monotonic() > end, "a moment of the start")
+        moment = self.look()
+        return f"{first}, {pause:.0f} s into the start {self.send(signal.SIGKILL)}", moment
+
+    def fill_up(self) -> str:
+        """Leave next to nothing of the disk until the run has ended of it."""
+        filler, ends, left = self.disk / "filler", len(self.nodes.ends), 4096 * self.draw.randrange(4)
+        with suppress(OSError):  # the run writes, too: full all the same
+            filler.write_bytes(bytes(max(0, shutil.disk_usage(self.disk).free - left)))
+        self.wait(lambda: len(self.nodes.ends) > ends, "the full disk to be noticed")
+        filler.unlink()
+        return f"the disk, {left} bytes left"
+
+    def damage(self, newest: Path, fault: str) -> tuple[int, str]:
+        """Delete a checkpoint or flip a bit of one of its files; its step, and what was done."""
+        step = int(newest.name.removeprefix("step-"))
         if fault == "delete":
             shutil.rmtree(newest)
-        else:
-            file = self.draw.choice(sorted(newest.iterdir()))
-            content = bytearray(file.read_bytes())
-            content[self.draw.randrange(len(content))] ^= 1 << self.draw.randrange(8)
-            file.write_bytes(content)
-        damaged = int(newest.name.removeprefix("step-"))
-        return [step for step in _complete(self.disk) if step < damaged]
+            return step, f"{newest.name} and "
+        file = self.draw.choice(sorted(newest.iterdir()))
+        content = bytearray(file.read_bytes())
+        at = self.draw.randrange(len(content))
+        content[at] ^= 1 << self.draw.randrange(8)
+        file.write_bytes(content)
+        return step, f"{newest.name}/{file.name} byte {at} and "
 
 
 def run_chaos(folder: Path, kills: int, seed: int, faults: Sequence[str] = ()) -> tuple[list[Outcome], list[str]]:
-    """Outcomes of `kills` faults (or of those named), and what was found wrong at the end."""
+    """Outcomes of `kills` faults (or of those named), and everything that was found wrong."""
     draw, total = random.Random(seed), STEPS_EACH * kills
     straight = train(tiny(folder, "straight"), f"train.steps={total}", *KEYS, ranks=2, timeout=60 + 3 * total)
     if straight.returncode:
         raise SystemExit(straight.stderr)
-    chaos = Chaos(folder, seed, total)
+    right = _curve(folder / "straight")
+    chaos = Chaos(folder, seed, total, right)
     planned = list(faults) or draw.choices(FAULTS, WEIGHTS, k=kills)
+    planned = [fault for fault in planned if fault != "disk" or chaos.mounted]
     try:
         chaos.nodes.start()
         for fault in planned:
-            if fault != "disk" or chaos.mounted:
-                chaos.strike(fault)
+            chaos.strike(fault)
         chaos.wait(lambda: chaos.nodes.done, "the end")
-        wrong = [f"{each.fault} at step {each.at}: lost a completed save" for each in chaos.outcomes if each.wrong]
-        ours, theirs = ([record["loss"] for record in steps(folder / name)] for name in ("straight", "run"))
-        if ours != theirs:
+        wrong = [f"fault {each.number} ({each.fault}): {text}" for each in chaos.outcomes for text in each.wrong]
+        if len(chaos.outcomes) < len(planned):
+            wrong.append(f"the run was done after {len(chaos.outcomes)} of {len(planned)} faults")
+        if _curve(folder / "run") != right:
             wrong.append("the losses differ from those of the run that nothing happened to")
         mine, other = (load_weights(folder / name) for name in ("straight", "run"))
         if not all(torch.equal(mine[name], other[name]) for name in mine):
@@ -248,17 +322,6 @@ def run_chaos(folder: Path, kills: int, seed: int, faults: Sequence[str] = ()) -
         return chaos.outcomes, wrong
     finally:
         chaos.close()
-
-
-def as_table(outcomes: Sequence[Outcome]) -> Table:
-    table = Table()
-    for name in ("fault", "at step", "newest save", "went on from", "steps lost", "ended how", "seconds", "verdict"):
-        table.add_column(name, justify="left" if name in ("fault", "ended how", "verdict") else "right")
-    for each in outcomes:
-        numbers = (each.at, each.newest, each.resumed, max(0, each.at - each.resumed))
-        verdict = "LOST A SAVE" if each.wrong else "ok"
-        table.add_row(each.fault, *map(str, numbers), "; ".join(each.ends)[:70], f"{each.seconds:.0f}", verdict)
-    return table
 
 
 def main(argv: Sequence[str]) -> int:
@@ -269,12 +332,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--keep", action="store_true", help="leave the run's directory")
     options = parser.parse_args(argv)
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
-    faults = options.only or ()
+    faults, began = options.only or (), time.monotonic()
     outcomes, wrong = run_chaos(folder, len(faults) or options.kills, options.seed, faults)
-    Console(width=None if sys.stdout.isatty() else 170).print(as_table(outcomes))
+    Console(width=None if sys.stdout.isatty() else 200).print(as_table(outcomes))
     for each in wrong:
         print(f"WRONG: {each}")
-    print(f"{len(outcomes)} faults, {len(wrong)} wrong" + ("" if wrong else "; curve bit-equal"))
+    minutes = f"{(time.monotonic() - began) / 60:.0f} min"
+    print(f"{len(outcomes)} faults, {len(wrong)} wrong, {minutes}" + ("" if wrong else "; curve and weights bit-equal"))
     if options.keep:
         print(f"kept in {folder}")
     if not options.keep:

@@ -4,9 +4,22 @@ One CPU thread: the workers of pytest-xdist share the cores, and threads that wa
 hypothesis: on a busy machine any of them may be slow.
 """
 
+import os
+from pathlib import Path
+
 import hypothesis
+import pytest
 import torch
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("busy", deadline=None)
 hypothesis.settings.load_profile("busy")
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch) -> Path:
+    """A folder of programs that stand before all others in PATH."""
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return folder

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from data import cache
 from data.config import DataConfig
 from data.indexed import IndexedWriter
 from data.loader import open_data
@@ -102,6 +103,16 @@ def test_prepared_files_are_compared_with_their_hashes(tmp_path, suffix):
     with pytest.raises(DataError, match=f"x{suffix} has other content than was prepared"):
         opened(config)
     assert opened(replace(config, verify=False)).num_samples > 0
+
+
+def test_a_long_hash_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    (tmp_path / "x.bin").write_bytes(bytes(3000))
+    found = cache.sha256_file(tmp_path / "x.bin")
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(cache, "SAY_EVERY_S", -1.0)
+    monkeypatch.setattr(cache, "_CHUNK_BYTES", 1000)
+    assert cache.sha256_file(tmp_path / "x.bin") == found
+    assert capsys.readouterr().err.count(f"SHA-256 of {tmp_path / 'x.bin'}: 0.0 of 0.0 GB") == 3
 
 
 def test_a_run_meets_damage_ends_with_3_or_goes_on_without_it(config, tmp_path):

@@ -29,17 +29,21 @@ while True:
     ctypes.CDLL(None).sleep(60)
 """
 PARENT = """
+for _ in range(20):  # as an agent has; the kernel hands the child on from one that ends to the next
+    threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 child = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=sys.stdout)
 print(child.pid, flush=True)
 time.sleep(60)
 """
 ORPHAN = """
 stop_with_parent()
-request = StopRequest()
+request = StopRequest(agent=os.getppid())
 print("ready", flush=True)
 while request.reason is None:
     time.sleep(0.01)
 print(request.reason, flush=True)
+time.sleep(0.5)
+print("saved", flush=True)
 """
 WITH_CHILD = """
 request = StopRequest()
@@ -90,6 +94,7 @@ def test_a_worker_whose_agent_is_killed_is_asked_to_stop():
         assert parent.stdout.readline() == "ready\n"
         parent.kill()
         assert parent.stdout.readline() == "received SIGTERM\n"
+        assert parent.stdout.readline() == "saved\n", "the kernel's further signals are none to exit at once"
     finally:
         parent.wait(10)
         if os.path.exists(f"/proc/{child}"):

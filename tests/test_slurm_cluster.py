@@ -21,7 +21,7 @@ from slurm.status import read_status
 from tests.launch import steps, tiny, train
 from tests.slurm_cluster import Cluster, missing
 
-LONG_S = 400  # a start takes ten seconds of two idle cores
+LONG_S = 900  # a start takes ten seconds of two idle cores, and many times that of busy ones
 
 pytestmark = [
     pytest.mark.slurm,
@@ -125,13 +125,15 @@ def test_a_node_is_lost_and_the_run_goes_on_with_the_other(cluster, job, tmp_pat
     starts = json.loads((run / "manifest.json").read_text())["starts"]
     assert [start["topology"]["dp"] for start in starts] == [2, 1]
     assert starts[1]["step"] >= 20
-    # FP32, two ranks' order of additions up to the loss of the node: the curves part slowly.
-    torch.testing.assert_close(_losses(run)[:100], _losses(tmp_path / "straight")[:100], rtol=1e-4, atol=0)
-    # To the bit it is a run that two ranks begin and one goes on with.
+    # It is a run that two ranks begin and one goes on with at that step, to the bit.
     keys, relay = (*keys, "checkpoint.keep=99"), tiny(tmp_path, "relay")
     train(relay, *keys, f"train.stop_at={starts[1]['step']}", ranks=2)
     assert train(relay, *keys).returncode == 0
     assert _losses(run) == _losses(tmp_path / "relay")
+    # And the curve of one rank from the start, but for the order of FP32 additions up to the loss of the node, whose
+    # differences grow with the steps (1.0001e-4 once at step 123). Not the proof, which is above: only that two ranks
+    # and one are the same training.
+    torch.testing.assert_close(_losses(run), _losses(tmp_path / "straight"), rtol=1e-2, atol=0)
 
 
 def test_cancelled_means_saved_and_gone(cluster, job, tmp_path):
@@ -182,7 +184,7 @@ if [ "$SLURMD_NODENAME" = n1 ]; then echo "0, 3"; else echo "0, 0"; fi
 
 
 def test_an_unfit_node_is_left_out(cluster, job, tmp_path, monkeypatch):
-    """The job starts on n1, whose GPU has ECC errors, and moves to n2."""
+    """n1's GPU has ECC errors: a job of one node moves from it to n2, one that can do with fewer goes on without it."""
     tools, run = tmp_path / "tools", tmp_path / "run"
     tools.mkdir()
     (tools / "nvidia-smi").write_text(NVIDIA_SMI)
@@ -194,3 +196,23 @@ def test_an_unfit_node_is_left_out(cluster, job, tmp_path, monkeypatch):
     assert "UNHEALTHY n1: GPU 0 has 3 uncorrected ECC errors" in _log(run)
     assert "start 1 of" in _log(run) and "processes: n2" in _log(run)
     assert _exit(run) == {"code": 0, "reason": "done"}
+    elastic = tmp_path / "elastic"
+    (number,) = job(tiny(tmp_path, "elastic"), "--nodes=2", "--min-nodes=1", "--per-node=1", *words)
+    cluster.wait(lambda: cluster.state(number) == "COMPLETED", LONG_S)
+    assert "goes on with 1 x 1 processes: n2" in _log(elastic) and "requeued" not in _log(elastic)
+    assert _exit(elastic) == {"code": 0, "reason": "done"} and (elastic / "unhealthy").read_text() == "n1\n"
+
+
+def test_a_full_disk_is_no_nodes_fault(cluster, job, tmp_path):
+    """Both nodes find too little room in the run directory: the job ends and says so, and no node is left out."""
+    disk, run = tmp_path / "disk", tmp_path / "disk" / "run"
+    disk.mkdir()
+    cluster.run("mount", "-t", "tmpfs", "-o", "size=30m", "tmpfs", str(disk))
+    try:
+        recipe = tiny(tmp_path, "run")
+        (number,) = job(recipe, "--nodes=2", "train.steps=4", f"run.dir={run}", "model.vocab_size=40000")
+        cluster.wait(lambda: cluster.state(number) == "FAILED", LONG_S)
+        assert _exit(run)["code"] == 4 and "GiB free" in _exit(run)["reason"]
+        assert "no node is to blame" in _log(run) and not (run / "unhealthy").exists()
+    finally:
+        cluster.run("umount", "--lazy", str(disk))

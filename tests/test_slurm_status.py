@@ -7,6 +7,8 @@ import os
 import time
 from pathlib import Path
 
+import pytest
+
 import recipe as recipes
 from report.metrics import MetricsWriter, StepRecord
 from run import exits
@@ -59,7 +61,8 @@ def test_slurm_knows_better(tmp_path, monkeypatch):
     (run / "jobs.json").write_text(json.dumps([{"id": "41"}, {"id": "42"}]))
     (seed.parent / "jobs.json").write_text(json.dumps([{"id": "50"}]))
     squeue = tmp_path / "squeue"
-    squeue.write_text('#!/bin/bash\ncase "$3" in 41) exit 1;; 42) echo PENDING;; 50_3) echo RUNNING; esac\n')
+    forgotten = "echo Invalid job id specified >&2; exit 1"
+    squeue.write_text(f'#!/bin/bash\ncase "$3" in 41) {forgotten};; 42) echo PENDING;; 50_3) echo RUNNING; esac\n')
     squeue.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert status.read_status(run, time.time() + 7200).state == "PENDING"
@@ -81,12 +84,40 @@ def test_the_table_and_json(tmp_path, capsys):
     assert [(line["run"], line["step"]) for line in lines] == [(str(first), 6), (str(second), 20)]
 
 
-def test_what_cannot_be_read_is_one_message(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("manifest.json", b"{", "manifest.json is damaged"),
+        ("manifest.json", b"{}", "is damaged, or of another version: KeyError('starts')"),
+        ("manifest.json", b"\xff", "it is no text"),
+        ("resolved.yaml", b"train: 3", "is damaged, or of another version"),
+        ("exits.jsonl", b"3\n", "is damaged, or of another version"),
+        ("metrics.jsonl", b'{"kind": "step"}\n', "is damaged, or of another version"),
+        ("jobs.json", b"[{}]", "jobs.json is damaged"),
+    ],
+)
+def test_what_cannot_be_read_is_one_message_and_other_runs_are_shown(tmp_path, capsys, name, content, expected):
+    bad, good = make_run(tmp_path / "bad", 6), make_run(tmp_path / "good", 6)
+    (bad / name).write_bytes(content)
+    assert status.main([str(bad), str(good)]) == 2
+    output, errors = capsys.readouterr()
+    assert errors.startswith("error: ") and expected in errors and errors.count("\n") == 1
+    assert "good" in output and "bad" not in output
+
+
+def test_squeue_that_does_not_answer_is_one_message(tmp_path, capsys, monkeypatch):
     run = make_run(tmp_path / "a", 6)
-    (run / "manifest.json").write_text("{")
-    for words, expected in (([run], "manifest.json is damaged"), ([tmp_path / "none"], "is no directory")):
-        assert status.main([*map(str, words)]) == 2
-        assert expected in capsys.readouterr().err
+    (run / "jobs.json").write_text(json.dumps([{"id": "41"}]))
+    (tmp_path / "squeue").write_text("#!/bin/bash\necho Unable to contact slurm controller >&2; exit 1\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert status.main([str(run)]) == 1
+    assert "how job 41 stands: Unable to contact slurm controller; try again" in capsys.readouterr().err
+
+
+def test_places_without_runs_are_one_message(tmp_path, capsys):
+    assert status.main([str(tmp_path / "none")]) == 2
+    assert "is no directory" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert status.main([str(tmp_path / "empty")]) == 2
     assert "no run" in capsys.readouterr().err

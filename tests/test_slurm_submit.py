@@ -1,36 +1,24 @@
-"""What is submitted to Slurm, what is refused before, and how the script reads a run's end; Slurm itself is played by
-small programs here, and real in tests/test_slurm_cluster.py."""
+"""What is submitted to Slurm, and what is refused before; Slurm itself is played by small programs
+(tests/slurm_programs.py), and real in tests/test_slurm_cluster.py."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from slurm import health, node, submit
+from errors import UsageError, UserError
+from slurm import jobs, submit
 from slurm.snapshot import take_snapshot
 from tests.launch import ROOT, tiny
+from tests.slurm_programs import program, script
 
-SCRIPT = ROOT / "slurm" / "train.sbatch"
-
-
-@pytest.fixture
-def tools(tmp_path, monkeypatch) -> Path:
-    """A folder of programs that stand before all others in PATH."""
-    folder = tmp_path / "tools"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    return folder
-
-
-def program(folder: Path, name: str, text: str) -> None:
-    (folder / name).write_text(f"#!/bin/bash\n{text}\n")
-    (folder / name).chmod(0o755)
+FORGOTTEN = "echo slurm_load_jobs error: Invalid job id specified >&2; exit 1"
 
 
 def call(capsys, *words: str) -> tuple[int, str, str]:
@@ -62,6 +50,8 @@ def test_a_dry_run_shows_the_run_and_writes_nothing(tmp_path, capsys):
         (["--nodes=1", "--signal=USR1@5"], "run.stop_before_s says"),
         (["--nodes=1", "--seeds=0,0"], "--seeds is '0,0'"),
         (["--nodes=1", "--min-nodes=2"], "--min-nodes is 2"),
+        (["--nodes=4", "--min-nodes=3"], "no number of nodes from 3 to 3 with 1 processes each; use --min-nodes=2"),
+        (["--nodes=1", "--chain=2", "--dependency=afterok:7"], "--dependency with --chain"),
         (["--nodes=1", "run.dir=100%done"], "['%']"),
         (["--nodes=1", "--container-mounts=/a:/a"], "needs --container-image"),
         (["--nodes=1", "precision.policy=nvfp5"], "nvfp5"),
@@ -81,7 +71,7 @@ def test_times_of_slurm():
 def test_no_value_of_a_recipe_reaches_a_shell(tmp_path, capsys, tools):
     """A name, a directory and a mount full of what a shell would act on arrive as single words."""
     program(tools, "sbatch", f'for word in "$@"; do printf "%s\\0" "$word"; done >> {tmp_path}/words; echo 77')
-    program(tools, "squeue", "exit 1")
+    program(tools, "squeue", FORGOTTEN)
     evil = "$(touch pwned);`touch pwned` &&"
     recipe = tmp_path / "evil.yaml"
     tree = yaml.safe_load(tiny(tmp_path).read_text()) | {"name": evil, "run": {"dir": f"{tmp_path}/{evil}"}}
@@ -107,6 +97,48 @@ def test_no_value_of_a_recipe_reaches_a_shell(tmp_path, capsys, tools):
     assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()
 
 
+@pytest.mark.parametrize(("answer", "expected"), [("sleep 9", "within 0.2 s"), ("echo down >&2; exit 1", "down")])
+def test_squeue_that_does_not_answer_is_one_message(tmp_path, capsys, tools, monkeypatch, answer, expected):
+    """The job may run: it must not be thought to have ended."""
+    program(tools, "sbatch", "echo 77")
+    program(tools, "squeue", answer)
+    words = ("--recipe", str(tiny(tmp_path)), "--nodes=1", "--per-node=1")
+    assert call(capsys, *words)[0] == 0
+    monkeypatch.setattr(jobs, "TIMEOUT_S", 0.2)
+    code, _, errors = call(capsys, *words)
+    assert code == 1 and expected in errors and "try again" in errors
+    program(tools, "squeue", FORGOTTEN)
+    assert call(capsys, *words)[0] == 0
+
+
+def test_a_size_that_only_building_refuses_is_refused(tmp_path, capsys, monkeypatch):
+    def build(recipe, world_size):
+        if world_size == 2:
+            raise UsageError("no")
+        return "report"
+
+    monkeypatch.setattr(submit, "dry_run", build)
+    code, output, errors = call(capsys, "--recipe", str(tiny(tmp_path)), "--nodes=4", "--min-nodes=1", "--per-node=1")
+    assert code == 2 and "on 2 nodes, which --min-nodes allows: no" in errors and not output
+
+
+def test_a_chain_that_breaks_off_names_what_was_submitted(tmp_path, capsys, tools):
+    program(tools, "squeue", FORGOTTEN)
+    program(tools, "sbatch", 'case "$*" in *afterany*) echo limit >&2; exit 1;; *) echo 77; esac')
+    words = ("--recipe", str(tiny(tmp_path)), "--nodes=1", "--per-node=1", "--chain=2")
+    code, _, errors = call(capsys, *words)
+    assert code == 1 and "limit (already submitted of the chain: 77)" in errors
+
+
+def test_files_of_jobs_that_cannot_be_read_or_written(tmp_path):
+    (tmp_path / "a" / "jobs.json").mkdir(parents=True)
+    with pytest.raises(UserError, match="job 7 is submitted, but cannot be written to .*scancel 7"):
+        jobs.remember_job(tmp_path / "a", "7", [])
+    (tmp_path / "jobs.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="jobs.json is damaged"):
+        jobs.read_jobs(tmp_path)
+
+
 def test_sbatch_that_refuses_or_is_missing(tmp_path, capsys, tools, monkeypatch):
     program(tools, "sbatch", "echo 'sbatch: error: invalid partition specified: x' >&2; exit 1")
     words = ("--recipe", str(tiny(tmp_path)), "--nodes=1", "--per-node=1", "--partition=x")
@@ -117,7 +149,11 @@ def test_sbatch_that_refuses_or_is_missing(tmp_path, capsys, tools, monkeypatch)
     assert code == 1 and "login node" in errors
 
 
-def test_the_snapshot_is_the_code_and_is_named_by_it(tmp_path):
+def unreadable(path: Path) -> bytes:
+    raise OSError(errno.EIO, os.strerror(errno.EIO), str(path / "train.py"))
+
+
+def test_the_snapshot_is_the_code_and_is_named_by_it(tmp_path, monkeypatch):
     first = take_snapshot(tmp_path / "code")
     assert take_snapshot(tmp_path / "code") == first and len(list((tmp_path / "code").iterdir())) == 1
     for name in ("train.py", "slurm/train.sbatch", "recipes/precision/nvfp4.yaml", "data/corpus/sotu.jsonl.xz"):
@@ -126,122 +162,13 @@ def test_the_snapshot_is_the_code_and_is_named_by_it(tmp_path):
         "commit",
         "dirty",
     }
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
+    assert {path.name for path in first.iterdir() if path.is_dir()} == packages | {"recipes"}
     (first / "train.py").write_text("")
     assert take_snapshot(tmp_path / "other", first) != first
-
-
-# --- slurm/train.sbatch
-
-
-def script(tools: Path, run: Path, variables: dict[str, str], *, code: Path = ROOT, sizes: str = "2 1", then="requeue"):
-    """The batch script in a job of three nodes, with what Slurm would answer."""
-    for name, text in {
-        "scontrol": f'[ "$1" = show ] || {{ echo "$@" >> {tools}/calls; exit 0; }}\n'
-        '[ "$2" = hostnames ] && printf "n1\\nn2\\nn3\\n" || echo "   NodeAddr=10.0.0.1 NodeHostName=n1"',
-        "squeue": 'case "$*" in *%T) echo ${STATE:-RUNNING};; *) echo ${END:-NONE};; esac',
-        "sleep": "",
-        "srun": f'printf "%s " "$@" >> {tools}/sruns; echo "$SLURM_JOB_END_TIME" >> {tools}/sruns; eval "$NODE"',
-    }.items():
-        program(tools, name, text)
-    (tools / "calls").write_text("")
-    (tools / "sruns").write_text("")
-    job = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "n[1-3]", "RUN": str(run)}
-    job |= {"NODE": 'echo "{\\"code\\": 0, \\"reason\\": \\"done\\"}" > "$RUN/seed-4/exit.json"'} | variables
-    words = ["bash", str(SCRIPT), str(run), str(code), "python3", "8", sizes, "3", variables.get("CHECK", "0"), then]
-    return subprocess.run(words, env=os.environ | job, capture_output=True, text=True, timeout=30, check=False)
-
-
-def ends(code: int, reason: str = "why") -> str:
-    return f"""echo '{{"code": {code}, "reason": "{reason}"}}' > "$RUN/exit.json"; """
-
-
-SAVES = 'mkdir -p "$RUN/checkpoints"; echo step-00000020 > "$RUN/checkpoints/latest"; '
-REQUEUED = "requeue 42\n"
-
-
-@pytest.mark.parametrize(
-    ("node_does", "variables", "code", "calls"),
-    [
-        (ends(0, "done"), {}, 0, ""),
-        (ends(75), {}, 75, REQUEUED),
-        (ends(75), {"STATE": "CANCELLED"}, 75, ""),
-        (ends(75), {"STATE": "COMPLETING"}, 75, ""),
-        (ends(2) + "exit 1", {}, 2, ""),
-        (ends(3) + SAVES + "exit 1", {}, 3, ""),
-        (ends(4) + SAVES + "exit 1", {}, 4, ""),
-        (ends(1) + SAVES + "exit 1", {}, 1, REQUEUED),
-        (ends(124) + "exit 1", {}, 124, ""),
-        (ends(124) + SAVES + "exit 1", {}, 124, REQUEUED),
-        (SAVES + "exit 137", {}, 1, REQUEUED),
-        ("exit 137", {}, 1, ""),
-    ],
-    ids=["done", "saved", "cancelled", "requeued by Slurm", "usage", "data", "checkpoint", "crashed after a save"]
-    + ["hung", "hung after a save", "killed after a save", "killed"],
-)
-def test_what_follows_the_end_of_a_run(tmp_path, tools, node_does, variables, code, calls):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "exit.json").write_text('{"code": 75, "reason": "of the start before"}\n')
-    done = script(tools, tmp_path / "run", variables | {"NODE": node_does})
-    assert done.returncode == code, done.stdout + done.stderr
-    assert (tools / "calls").read_text() == calls
-
-
-@pytest.mark.parametrize(("code", "expected"), [(0, 0), (2, 2), (3, 3), (4, 4), (130, 130)])
-def test_a_run_that_is_done_or_wants_mending_is_not_started(tmp_path, tools, code, expected):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "exit.json").write_text(json.dumps({"code": code, "reason": "x"}) + "\n")
-    done = script(tools, tmp_path / "run", {})
-    assert done.returncode == expected and not (tools / "sruns").read_text(), done.stderr
-
-
-def test_the_largest_number_of_nodes_that_it_can_use_is_used(tmp_path, tools):
-    (tmp_path / "run").mkdir()
-    end = {"END": "2026-11-26T08:00:00", "TZ": "UTC", "NODE": ends(0)}
-    for sizes, expected in (("8 2 1", "--nodes=2 --ntasks=2 "), ("3", "--nodes=3 --ntasks=3 ")):
-        (tmp_path / "run" / "exit.json").unlink(missing_ok=True)
-        done = script(tools, tmp_path / "run", end, sizes=sizes)
-        assert done.returncode == 0 and expected in (tools / "sruns").read_text(), done.stderr
-    assert (tools / "sruns").read_text().rstrip().endswith(" 1795680000"), "the end of the job, for the run"
-    (tmp_path / "run" / "exit.json").unlink()
-    done = script(tools, tmp_path / "run", {}, sizes="8 4")
-    assert done.returncode == 2 and "the run can use: 8 4" in done.stdout
-
-
-def test_a_chain_leaves_it_to_the_next_job_and_an_unfit_node_is_excluded(tmp_path, tools):
-    run = tmp_path / "run"
-    run.mkdir()
-    done = script(tools, run, {"NODE": ends(75)}, then="next")
-    assert done.returncode == 75 and "next job" in done.stdout and not (tools / "calls").read_text()
-    unfit = 'echo n2 >> "$RUN/unhealthy"; exit 1'
-    done = script(tools, run, {"NODE": unfit, "CHECK": "1"})
-    expected = ["requeuehold 42", "update JobId=42 ExcNodeList=n2", "release 42"]
-    assert (tools / "calls").read_text().splitlines() == expected, done.stdout
-    done = script(tools, run, {"NODE": "exit 1", "CHECK": "1"})
-    assert done.returncode == 1 and not (tools / "calls").read_text(), "no new node is to blame"
-
-
-# --- slurm/node.py and slurm/health.py
-
-
-def test_the_agent_of_a_node():
-    options = ["/run", "--host=n1", "--address=10.0.0.1", "--port=20042", "--nodes=2", "--per-node=8", "--restarts=3"]
-    job = {"SLURM_JOB_ID": "42", "SLURM_RESTART_COUNT": "1", "SLURM_STEP_ID": "1"}
-    first, second = (node.agent(node.parse(options), job | {"SLURMD_NODENAME": name}) for name in ("n1", "n2"))
-    assert "--rdzv-conf=is_host=1" in first and "--rdzv-conf=is_host=0" in second
-    assert {"--rdzv-id=42.1.1", "--nnodes=2", "--nproc-per-node=8", "--max-restarts=3"} <= set(first)
-    check = node.agent(node.parse([*options, "--check"]), job)
-    assert check[-2:] == [str(ROOT / "slurm" / "ping.py"), "/run"] and "--max-restarts=0" in check
-    assert node.environment({"NCCL_DEBUG": "INFO"})["NCCL_DEBUG"] == "INFO"
-
-
-def test_gpus_and_room():
-    assert health.gpu_problems("0, 0\n1, [N/A]\n", 2) == []
-    assert health.gpu_problems("0, 0\n1, 3\n", 4) == ["2 GPUs for 4 processes", "GPU 1 has 3 uncorrected ECC errors"]
-    assert health.gpu_problems("", 1) == ["0 GPUs for 1 processes"]
-
-
-def test_a_place_without_room_or_rights(tmp_path):
-    assert health.room_problems(tmp_path, 1, "n1") == []
-    assert "GiB are needed" in health.room_problems(tmp_path, 1 << 60, "n1")[0]
-    assert "No such file" in health.room_problems(tmp_path / "absent", 1, "n1")[0]
-    assert not list(tmp_path.iterdir())
+    (first / "run" / "gone.py").symlink_to("nowhere")
+    take_snapshot(tmp_path / "other", first)
+    (first / "run" / "gone.py").unlink()
+    monkeypatch.setattr(Path, "read_bytes", unreadable)
+    with pytest.raises(UserError, match="cannot read the code: .*train.py: Input/output error"):
+        take_snapshot(tmp_path / "other", first)

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from run import watchdog
+from run.evaluation import validation_loss
 from run.stragglers import Stragglers
 from run.watchdog import Watchdog
 from sections import WatchConfig
@@ -22,7 +24,7 @@ from tests.spawn import RankError, run_ranks
 
 
 def stand_still() -> None:
-    time.sleep(60)
+    time.sleep(600)
 
 
 def _hang(rank: int, run_dir: Path) -> None:
@@ -40,10 +42,8 @@ def _hang(rank: int, run_dir: Path) -> None:
 
 
 def test_a_hang_shows_the_stacks_of_all_ranks_and_ends_them(tmp_path):
-    began = time.monotonic()
     with pytest.raises(RankError, match=r"exit codes \[124, 124\]"):
         run_ranks(_hang, 2, tmp_path)
-    assert time.monotonic() - began < 40
     waiting, standing = (file.read_text() for file in sorted((tmp_path / "stacks").iterdir()))
     assert "in all_reduce" in waiting and "stand_still" not in waiting
     assert "in stand_still" in standing and "after step 5" in standing
@@ -72,7 +72,9 @@ def test_the_limit_follows_what_steps_saves_and_validations_take(tmp_path, monke
 SUSPENDED = """
 import sys, time
 from pathlib import Path
+from types import SimpleNamespace
 from run import watchdog
+from run.evaluation import validation_loss
 from sections import WatchConfig
 watchdog.GRACE_S, watchdog.POLL_S = 0.2, 0.1
 dog = watchdog.Watchdog(WatchConfig(hang_factor=2, hang_least_s=1), Path(sys.argv[1]), 0, 1)
@@ -101,21 +103,42 @@ def test_time_in_which_the_process_was_suspended_is_no_hang(tmp_path):
 
 def _work(rank: int) -> list:
     """Rank 1 takes longer for its part of every step; at step 1 it compiles, which does not count."""
-    compare = Stragglers(WatchConfig(straggler_every=5, straggler_factor=1.5), torch.device("cpu"))
+    compare = Stragglers(WatchConfig(straggler_every=5, straggler_factor=1.5), torch.device("cpu"), f"n{10 * rank + 1}")
     reports = []
     for step in range(1, 11):
         with compare.timed():
             time.sleep(0.4 if step == 1 else 0.05 + 0.1 * (rank == 1))
         dist.barrier()
         reports.append(compare.step_done(step))
-    return [(report.steps, sorted(report.slow), report.describe(2)) for report in reports if report]
+    return [(report.steps, sorted(report.slow), report.describe()) for report in reports if report]
 
 
 def test_slow_ranks_are_named():
     found = run_ranks(_work, 3)
     assert found[0] == found[1] == found[2]
     assert [(steps, slow) for steps, slow, _ in found[0]] == [(4, [1]), (5, [1])]
-    assert "rank 1 (node 0)" in found[0][1][2]
+    assert "rank 1 (n11)" in found[0][1][2]
+
+
+class _Batch(SimpleNamespace):
+    def to(self, device: torch.device) -> _Batch:
+        return self
+
+
+def _validate(rank: int) -> int:
+    """Beats of a validation of seven sequences, two a forward, on two ranks."""
+    fields = {"tokens": None, "labels": None, "positions": None, "document_ids": None}
+    stream = SimpleNamespace(batch=lambda indices: _Batch(**fields))
+    engine = lambda *batch: SimpleNamespace(cross_entropy=torch.tensor(2.0))  # noqa: E731
+    local = SimpleNamespace(parts=[torch.nn.Identity()], pipeline=None, engine=engine)
+    mesh, beats = SimpleNamespace(dp=2, dp_rank=rank, tp_rank=0), []
+    loss = validation_loss(local, stream, 7, 2, mesh, torch.device("cpu"), lambda: beats.append(1))  # pyright: ignore
+    assert loss == 2.0
+    return len(beats)
+
+
+def test_every_batch_of_a_validation_is_a_beat():
+    assert run_ranks(_validate, 2) == [2, 2]
 
 
 def test_config_problems():
