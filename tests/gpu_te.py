@@ -65,7 +65,7 @@ def custom() -> Iterator[str]:
         with torch.no_grad():
             layer.weight.copy_(w)
         small = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16, device=DEVICE)
-        linears = {NAME: LowPrecisionLinear(small, NAME, slots, shared())}
+        linears = {NAME: ours.Part(small, NAME, slots, shared())}
         with te.autocast(recipe=recipes.CustomRecipe(qfactory=ours.Factory(linears))):
             found = outcome(layer, x, dy)
         truth = emulated(w, None, x, dy, slots)

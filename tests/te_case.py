@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowprec.linear import LowPrecisionLinear, Place
+from lowprec.linear import Place
 from lowprec.policy import Slots
 from tests import te_cpu
 from tests.linear_truth import EXACT, INPUTS, NAME, OUTPUTS, distance, draw, one_ulp, shared
@@ -32,7 +32,7 @@ ACTIVATIONS = {
 def linears(table: Mapping[str, Slots], places: Mapping[str, Place] = MappingProxyType({})) -> dict:
     """Our linears, which say what their operands are; of any size."""
     small = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
-    return {name: LowPrecisionLinear(small, name, slots, shared(), places.get(name)) for name, slots in table.items()}
+    return {name: ours.Part(small, name, slots, shared(), places.get(name)) for name, slots in table.items()}
 
 
 def custom_recipe(table: Mapping[str, Slots], places: Mapping[str, Place] = MappingProxyType({})) -> Any:
