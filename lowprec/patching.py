@@ -21,7 +21,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cache, reduce
 from importlib.metadata import version
 from typing import Any
 
@@ -111,6 +111,7 @@ def _target(place: str) -> Any:
     return None
 
 
+@cache
 def fingerprint(function: Callable[..., Any]) -> str:
     """First 12 hex digits of the SHA-1 of a function's source text."""
     return hashlib.sha1(inspect.getsource(_undecorated(function)).encode()).hexdigest()[:12]

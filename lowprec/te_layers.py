@@ -156,9 +156,10 @@ class Joined(Computes):
 
     def _edges(self, node: Any) -> dict[int, int]:
         """Which gradients of the layer's node are those of which part's weight; of biases: -1."""
-        places = {id(part.bias): -1 for part in self.parts} | {id(p.weight): i for i, p in enumerate(self.parts)}
-        found = [places.get(id(getattr(edge, "variable", None))) for edge, _ in node.next_functions]
-        return {place: index for place, index in enumerate(found) if index is not None}
+        known = {id(part.weight): index for index, part in enumerate(self.parts)}
+        known |= {id(part.bias): -1 for part in self.parts if part.bias is not None}
+        leaves = [getattr(edge, "variable", None) for edge, _ in node.next_functions]
+        return {place: known[id(leaf)] for place, leaf in enumerate(leaves) if leaf is not None and id(leaf) in known}
 
     def _end_backward(self, edges: dict[int, int], gradients: Sequence[Tensor | None], _: Any) -> None:
         """The layer's backward has run, and gave these gradients: only what is among them was multiplied."""
