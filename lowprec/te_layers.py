@@ -93,6 +93,7 @@ class Joined(Computes):
     fp8: bool
     sequence_parallel: bool
     fuse_wgrad_accumulation: bool
+    gemm_bias_unfused_add: bool
     fp8_meta: dict[str, Any]
     fp8_meta_tensors_initialized: bool
     quantizers: dict[str, Any]
@@ -115,7 +116,7 @@ class Joined(Computes):
 
     def adds_bias_later(self, part: Part) -> bool:
         """Whether the bias of a part is added after the layer's GEMM, by an operation that autograd sees."""
-        return getattr(self, "gemm_bias_unfused_add", False) and part is self.parts[-1]
+        return self.gemm_bias_unfused_add and part is self.parts[-1]
 
     @torch.compiler.disable  # as our own linear: the rest of a block is compiled around it
     def forward(self, x: Tensor) -> Tensor:

@@ -231,12 +231,12 @@ def _two(rank: int) -> dict[str, tuple[Seen, Seen]]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Alone:
-    return run_ranks(_alone, 1, tmp_path_factory.mktemp("te"), timeout=400)[0]
+    return run_ranks(_alone, 1, tmp_path_factory.mktemp("te"), timeout=600)[0]
 
 
 @pytest.fixture(scope="module")
 def two() -> list[dict[str, tuple[Seen, Seen]]]:
-    return run_ranks(_two, 2, timeout=400)
+    return run_ranks(_two, 2, timeout=600)
 
 
 def compare(ours: Seen, theirs: Seen) -> None:
