@@ -5,24 +5,18 @@ One start of Transformer Engine for all cases of one rank, another for those of 
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
-from deepspeed.utils import groups as deepspeed_groups
 
-import train
 from errors import UsageError
 from lowprec import backend
 from lowprec.policy import GEMMS
 from run.dry_run import dry_run
 from tests import layout_case, te_cpu
-from tests.launch import steps, tiny
 from tests.layout_case import Case, Outcome, recipe_of
 from tests.spawn import RankError, run_ranks
 
@@ -201,30 +195,6 @@ def _relay(folder: Path) -> Relay:
     return Relay(losses, case("emulate", "precision.policy=fp8_delayed").run(0, 6).losses, carried)
 
 
-def _runs(rank: int, folder: Path) -> dict[str, tuple[list[float], str]]:
-    """train.py with delayed scaling and resume.verify: in one go; stopped and resumed; begun emulated.
-
-    Losses, and what was said last.
-    """
-    dist.destroy_process_group()  # each run makes its own
-    te_cpu.install()
-    backend.DEVICES = ("cpu",)
-    words = ["precision.policy=fp8_delayed", "resume.verify=true", "model.dtype=bf16", "train.steps=4"]
-
-    def run(name: str, wanted: str, *more: str) -> str:
-        deepspeed_groups._WORLD_GROUP = None  # of the run before, which it would take for its own
-        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
-            code = train.main(["--recipe", str(tiny(folder, name)), *words, f"precision.backend={wanted}", *more])
-        assert code == 0, said.getvalue()
-        return said.getvalue()
-
-    said = {"whole": run("whole", "te")}
-    for name, first in (("resumed", "te"), ("handed over", "emulate")):
-        run(name, first, "train.stop_at=2")
-        said[name] = run(name, "te")
-    return {name: ([step["loss"] for step in steps(folder / name)], words) for name, words in said.items()}
-
-
 def _two(rank: int) -> dict[str, tuple[Seen, Seen]]:
     return _pairs(TWO)
 
@@ -290,16 +260,6 @@ def test_checkpoints_pass_between_backends(alone):
     assert losses[:2] == single[:2]
     assert losses == pytest.approx(single, rel=4e-3)
     assert len(carried) == 2 * 2 * 3 * 8 and all(carried)
-
-
-@pytest.mark.slow
-def test_a_resumed_run_is_replayed_and_goes_on_as_if_it_had_not_stopped(tmp_path):
-    (runs,) = run_ranks(_runs, 1, tmp_path, timeout=400)
-    (whole, _), (resumed, said), (handed, told) = (runs[name] for name in ("whole", "resumed", "handed over"))
-    assert len(whole) == 4 and resumed == whole
-    assert handed == pytest.approx(whole, rel=4e-3)
-    for words in (said, told):
-        assert "replayed the batch of step 2" in words and "Transformer Engine, DelayedScaling" in words
 
 
 @pytest.mark.parametrize("name", TWO)
