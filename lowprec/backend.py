@@ -22,6 +22,7 @@ from types import ModuleType
 from packaging.specifiers import SpecifierSet
 
 from errors import UsageError
+from lowprec import te_sources
 from lowprec.apply import Swap, own_layers
 from lowprec.joints import Joint
 from lowprec.native import native
@@ -30,6 +31,8 @@ from lowprec.policy import PrecisionConfig, Slots, together
 VERSIONS = SpecifierSet(">=2.19,<2.21")
 INSTALL = "pip install --no-build-isolation -c constraints.txt -e '.[te]'"
 DEVICES = ("cuda",)
+# What its import raises without its compiled part, a library or a driver, or with parts of different versions.
+_BROKEN = (ImportError, OSError, RuntimeError, AssertionError)
 CUSTOM_MULTIPLE = 16  # what Transformer Engine asks of any GEMM under `autocast`
 
 
@@ -105,9 +108,9 @@ def not_supported_reasons(situation: Situation) -> list[str]:
     found = reasons_of_the_recipe(situation)
     if situation.device not in DEVICES:
         found.append(_device(situation))
-    module, problem = load()
+    module, problems = load()
     if module is None:
-        return [*found, problem]
+        return [*found, *problems]
     recipes = [own.recipe if (own := native(slots)) else "CustomRecipe" for slots in situation.schemes()]
     return [*found, *(f"{recipe}: {why}" for recipe in dict.fromkeys(recipes) if (why := module.why_not(recipe)))]
 
@@ -132,19 +135,22 @@ def reasons_of_the_recipe(situation: Situation) -> list[str]:
     return [*found, *together(misfits)]
 
 
-def load() -> tuple[ModuleType | None, str]:
-    """lowprec.te, or why it cannot be imported and what to do about it."""
+def load() -> tuple[ModuleType | None, list[str]]:
+    """lowprec.te, or every reason why it cannot be used and what to do about it."""
     try:
         here = version("transformer_engine")
     except PackageNotFoundError:
-        return None, f"transformer_engine is not installed; {INSTALL}"
+        return None, [f"transformer_engine is not installed; {INSTALL}"]
     if not VERSIONS.contains(here, prereleases=True):
-        return None, f"transformer_engine {here} is not one of {VERSIONS}, which its quantizers are known of; {INSTALL}"
+        return None, [f"transformer_engine {here} is not one of {VERSIONS}, which its layers are known of; {INSTALL}"]
     try:
-        return importlib.import_module("lowprec.te"), ""
-    except Exception as error:  # it raises what it likes: no driver, no compiled part, an older cuDNN
+        importlib.import_module("transformer_engine.pytorch")
+    except _BROKEN as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        return None, f"transformer_engine {here} cannot be imported ({why}); {INSTALL}"
+        return None, [f"transformer_engine {here} cannot be imported ({why}); {INSTALL}"]
+    if drift := te_sources.drifted():
+        return None, [f"{line}; its layers were read and tested otherwise: {INSTALL}" for line in drift]
+    return importlib.import_module("lowprec.te"), []  # ours: what goes wrong in it is no reason but an error
 
 
 def _device(situation: Situation) -> str:

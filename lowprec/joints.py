@@ -6,8 +6,11 @@ does. Parameters keep their names.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -50,3 +53,30 @@ class Core:
 
 
 Joint = NormLinear | NormMLP | Core
+
+
+class Computes:
+    """A layer of a backend that computes linears of ours itself; these say what is multiplied, and are not called.
+
+    linears: name in the backend -> the linear
+    norm:    parameters of the norm before them that it computes, too
+    """
+
+    linears: Mapping[str, Any]
+    norm: tuple[nn.Parameter, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        return tuple(self.linears.values())
+
+
+class Passed(nn.Module):
+    """A norm that the layer after it computes: holds the parameters under their names."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        for name, parameter in norm.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x

@@ -9,6 +9,7 @@ Behaviour in somebody else's class is never edited. We write an ordinary subclas
 Afterwards the module is as it was and the behaviour lives in the subclass. Versions lie (development builds,
 forks), source does not: each patch also carries a fingerprint of every upstream method that it relies on, and
 a drifted upstream is an error that says what to read again, never a silent fallback to unpatched behaviour.
+`Sources` is the same check for code that replaces nothing but knows what is inside: private hooks, names of closures.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import hashlib
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache, reduce
 from importlib.metadata import version
 from typing import Any
 
@@ -77,6 +79,39 @@ class Patch:
         return original
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """What our code relies on inside a library without replacing it.
+
+    dist:     distribution, e.g. "transformer_engine"
+    of:       "module:function" or "module:Class.method" -> the fingerprints that are known to do; "module:one|other"
+              is the first of the two that is there
+    """
+
+    dist: str
+    of: Mapping[str, tuple[str, ...]]
+
+    def drifted(self) -> list[str]:
+        """Every function that is gone or has another source, in words; empty if none is. Imports the modules."""
+        found = []
+        for place, known in self.of.items():
+            target = _target(place)
+            if target is None:
+                found.append(f"{place} is gone in {self.dist} {version(self.dist)}")
+            elif (now := fingerprint(target)) not in known:
+                found.append(f"{place} changed in {self.dist} {version(self.dist)} ({' or '.join(known)} -> {now})")
+        return found
+
+
+def _target(place: str) -> Any:
+    module, _, paths = place.partition(":")
+    for path in paths.split("|"):
+        with suppress(ImportError, AttributeError):
+            return reduce(getattr, path.split("."), importlib.import_module(module))
+    return None
+
+
+@cache
 def fingerprint(function: Callable[..., Any]) -> str:
     """First 12 hex digits of the SHA-1 of a function's source text."""
     return hashlib.sha1(inspect.getsource(_undecorated(function)).encode()).hexdigest()[:12]

@@ -29,12 +29,13 @@ from typing import Any
 
 import torch
 import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]
-from torch import Tensor
+from torch import Tensor, nn
 from transformer_engine.common import recipe as recipes  # pyright: ignore[reportMissingImports]
 
 from errors import UsageError
-from lowprec.linear import SLOT_AXES, LowPrecisionLinear
+from lowprec.linear import SLOT_AXES, LowPrecisionLinear, Place, Shared
 from lowprec.native import DELAYED, Native, native
+from lowprec.policy import Slots
 
 # tensor of a QuantizerRole -> the slots that its rows and its columns are quantized for
 SLOTS = {
@@ -55,6 +56,35 @@ AVAILABLE: Mapping[str, Callable[..., Any]] = {
 }
 
 
+class Part(LowPrecisionLinear):
+    """One linear of the policy inside a layer of Transformer Engine.
+
+    owner:                  that layer
+    position, training_now: of the forward or backward that runs
+    quantized:              slots whose matrix has gone through our quantizer since the recipe was made
+    """
+
+    communicates = True
+
+    def __init__(self, linear: nn.Linear, name: str, slots: Slots, shared: Shared, place: Place | None = None) -> None:
+        vars(self)["owner"] = None  # not a child of its part
+        super().__init__(linear, name, slots, shared, place)
+        self.position, self.training_now = shared.position, True
+        self.quantized: set[str] = set()
+
+    def use(self, slots: Slots) -> None:
+        super().use(slots)
+        if (owner := vars(self)["owner"]) is not None:
+            owner.renew()
+
+    def prepare(self) -> None:
+        """The weight has changed: its copies are made anew in the next forward that trains."""
+        vars(self)["owner"].forget_copies()
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError(f"{self.name} is a part of {type(vars(self)['owner']).__name__}, which is called instead")
+
+
 def why_not(recipe: str) -> str:
     """Transformer Engine's own reason why `recipe` cannot run on the current GPU; empty if it can."""
     try:
@@ -64,8 +94,8 @@ def why_not(recipe: str) -> str:
     return "" if able else reason
 
 
-def recipe_of(linears: Mapping[str, LowPrecisionLinear]) -> recipes.Recipe:
-    """A new recipe object for one layer. linears: name of a `QuantizerRole` -> the linear of ours that it is.
+def recipe_of(linears: Mapping[str, Part]) -> recipes.Recipe:
+    """A new recipe object for one layer. linears: name of a `QuantizerRole` -> the part that it is.
 
     Its own only if it is that of all of them.
     """
@@ -100,7 +130,7 @@ class Factory:
     A class at module level: a CustomRecipe is pickled by reference wherever somebody saves `_extra_state`.
     """
 
-    linears: Mapping[str, LowPrecisionLinear]
+    linears: Mapping[str, Part]
 
     def __call__(self, role: te.QuantizerRole | None) -> te.Quantizer:
         """Outputs, gradients of inputs, attention and unknown linears stay high."""
@@ -108,7 +138,7 @@ class Factory:
             return te.IdentityQuantizer()
         return self.quantizer(self.linears[role.name], *SLOTS[role.tensor_type])
 
-    def quantizer(self, linear: LowPrecisionLinear, row: str, column: str) -> te.Quantizer:
+    def quantizer(self, linear: Part, row: str, column: str) -> te.Quantizer:
         both = GatherFirst if SLOT_AXES[row][0] == "x" else te.HybridQuantizer
         return both(
             rowwise_quantizer=QuantizeDequantize(linear, row), columnwise_quantizer=QuantizeDequantize(linear, column)
@@ -122,7 +152,7 @@ class Histories(Factory):
     Its kernels raise `amax` to that of what they quantize: the history's open slot.
     """
 
-    def quantizer(self, linear: LowPrecisionLinear, row: str, column: str) -> te.Quantizer:
+    def quantizer(self, linear: Part, row: str, column: str) -> te.Quantizer:
         state = linear.delayed[SLOT_AXES[row][0]]
         return te.Float8Quantizer(scale=state.scale, amax=state.history[:1], fp8_dtype=FP8[state.spec.element])
 
@@ -140,7 +170,7 @@ class GatherFirst(te.HybridQuantizer):
 class QuantizeDequantize(te.IdentityQuantizer):
     """Rounds a matrix to the numbers that a slot of `linear` has, and keeps its dtype."""
 
-    def __init__(self, linear: LowPrecisionLinear, slot: str) -> None:
+    def __init__(self, linear: Part, slot: str) -> None:
         super().__init__()
         self.linear, self.slot = linear, slot
 
@@ -162,9 +192,9 @@ class QuantizeDequantize(te.IdentityQuantizer):
                 f"{linear.name}: {self.slot} rotates groups of {spec.hadamard}, which do not divide the "
                 f"{matrix.shape[axis]} numbers along its reduction axis; choose sizes that divide"
             )
-        training = kind == "dy" or getattr(linear, "training_now", True)
-        position = getattr(linear, "position", linear.shared.position)
-        values, scale, _ = linear.operand(self.slot, matrix, position, training=training)
+        training = kind == "dy" or linear.training_now
+        values, scale, _ = linear.operand(self.slot, matrix, linear.position, training=training)
+        linear.quantized.add(self.slot)
         other = linear.specs[self.slot[:-1] + ("b" if self.slot[-1] == "a" else "a")]
         both = spec.three_quarters and other is not None and other.three_quarters
         if both and tensor.dtype == torch.bfloat16:

@@ -36,38 +36,15 @@ from torch import Tensor, nn
 
 from lowprec import dispatch
 from lowprec.apply import put
-from lowprec.joints import Core, Joint, NormLinear, NormMLP
+from lowprec.joints import Computes, Core, Joint, NormLinear, NormMLP, Passed
 from lowprec.linear import SLOT_AXES, LowPrecisionLinear, Place, Shared
 from lowprec.philox import StepContext
 from lowprec.policy import Slots
-from lowprec.te import recipe_of
+from lowprec.te import Part, recipe_of
 
 WGRADS = {"wgrad_gemm": 0, "fc1_wgrad_gemm": 0, "fc2_wgrad_gemm": 1}  # name of its closures -> which part
 OPERANDS = {"x": ("scaling_fwd", 0), "w": ("scaling_fwd", 1), "dy": ("scaling_bwd", 0)}  # where its quantizers are
 STRIDES = {"scaling_fwd": 3, "scaling_bwd": 2}  # quantizers for each GEMM
-
-
-class Part(LowPrecisionLinear):
-    """One linear of the policy inside a layer of Transformer Engine.
-
-    position, training_now: of the forward or backward that runs
-    """
-
-    communicates = True
-    position: StepContext
-    training_now = True
-
-    def use(self, slots: Slots) -> None:
-        super().use(slots)
-        if (owner := vars(self).get("owner")) is not None:
-            owner.renew()
-
-    def prepare(self) -> None:
-        """The weight has changed: its copies are made anew in the next forward that trains."""
-        vars(self)["owner"].forget_copies()
-
-    def forward(self, x: Tensor) -> Tensor:
-        raise RuntimeError(f"{self.name} is a part of {type(vars(self)['owner']).__name__}, which is called instead")
 
 
 class Queue:
@@ -83,21 +60,27 @@ class Queue:
         """Called in a backward: the GEMM is to run later, in the order of the queue."""
         layer, queue = self.layer, self.layer.shared.deferred
         assert queue is not None
-        part, found = layer.parts[WGRADS[multiply.__name__]], []
+        part, biases = layer.parts[WGRADS[multiply.__name__]], []
 
         def weight_gradient() -> Tensor:
             gradient, bias_gradient = multiply(*tensors)
-            found.append(bias_gradient)
+            layer.note("wgrad", part)
+            biases.append(bias_gradient)
             return gradient
+
+        def bias_gradient() -> Tensor:
+            if not biases or biases[0] is None:
+                raise RuntimeError(f"{part.name}: the GEMM of the weight gradient gave none of the bias")
+            return biases.pop()
 
         weight: Any = part.weight
         queue.append((weight, weight_gradient))
         # Quantized gradients are summed up on their way to a quantizer, others in the GEMM.
         if part.bias is not None and not layer.fp8 and not layer.adds_bias_later(part):
-            queue.append((part.bias, found.pop))
+            queue.append((part.bias, bias_gradient))
 
 
-class Joined:
+class Joined(Computes):
     """What is ours of every layer: a mix-in before Transformer Engine's class."""
 
     communicates = True  # under tensor parallelism, without hooks around it
@@ -109,6 +92,8 @@ class Joined:
     recipe: Any  # of their slots; None: to be made
     fp8: bool
     sequence_parallel: bool
+    fuse_wgrad_accumulation: bool
+    gemm_bias_unfused_add: bool
     fp8_meta: dict[str, Any]
     fp8_meta_tensors_initialized: bool
     quantizers: dict[str, Any]
@@ -119,13 +104,11 @@ class Joined:
         for part in linears.values():
             vars(part)["owner"] = self  # which is not a child of its part
 
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        return tuple(self.linears.values())
-
     def renew(self) -> None:
         """Slots have changed: another recipe and other quantizers from the next forward on."""
         self.recipe = None
+        for part in self.parts:
+            part.quantized.clear()
         self.forget_copies()
 
     def forget_copies(self) -> None:
@@ -133,7 +116,7 @@ class Joined:
 
     def adds_bias_later(self, part: Part) -> bool:
         """Whether the bias of a part is added after the layer's GEMM, by an operation that autograd sees."""
-        return getattr(self, "gemm_bias_unfused_add", False) and part is self.parts[-1]
+        return self.gemm_bias_unfused_add and part is self.parts[-1]
 
     @torch.compiler.disable  # as our own linear: the rest of a block is compiled around it
     def forward(self, x: Tensor) -> Tensor:
@@ -151,9 +134,12 @@ class Joined:
             y = super().forward(rows, is_first_microbatch=copies)  # pyright: ignore[reportAttributeAccessIssue]
         if quantized and not self.fp8:
             raise RuntimeError(f"{', '.join(self.linears)} ran without FP8, although its recipe quantizes")
-        self._note("fprop")
+        for part in self.parts:
+            self.note("fprop", part)
         if y.requires_grad:
-            y.register_hook(partial(self._begin_backward, position, x.requires_grad))
+            y.register_hook(partial(self._begin_backward, position))
+            node = _node(y)
+            node.register_hook(partial(self._end_backward, self._edges(node)))
         return y.transpose(0, 1) if self.sequence_parallel else y
 
     @contextmanager
@@ -165,28 +151,53 @@ class Joined:
         for state, amax in zip(states, kept, strict=True):
             state.history[0] = amax
 
-    def _begin_backward(self, position: StepContext, input_too: bool, _: Tensor) -> None:
+    def _begin_backward(self, position: StepContext, _: Tensor) -> None:
         for part in self.parts:
             part.position = position
-        for gemm in ("dgrad", "wgrad") if input_too else ("wgrad",):
-            self._note(gemm)
 
-    def _note(self, gemm: str) -> None:
-        """One GEMM of each part for the receipt, with the quantizers that the layer holds."""
+    def _edges(self, node: Any) -> dict[int, int]:
+        """Which gradients of the layer's node are those of which part's weight; of biases: -1."""
+        known = {id(part.weight): index for index, part in enumerate(self.parts)}
+        known |= {id(part.bias): -1 for part in self.parts if part.bias is not None}
+        leaves = [getattr(edge, "variable", None) for edge, _ in node.next_functions]
+        return {place: known[id(leaf)] for place, leaf in enumerate(leaves) if leaf is not None and id(leaf) in known}
+
+    def _end_backward(self, edges: dict[int, int], gradients: Sequence[Tensor | None], _: Any) -> None:
+        """The layer's backward has run, and gave these gradients: only what is among them was multiplied."""
+        inputs = any(gradient is not None for place, gradient in enumerate(gradients) if place not in edges)
         for index, part in enumerate(self.parts):
-            words = [self._quantized_by(index, part, f"{gemm}.{side}") for side in ("a", "b")]
-            self.shared.counts[gemm, words[0], words[1], "transformer_engine"] += 1
-            part.ran.add(gemm)
+            if inputs or index:  # the gradient that the first part's weight needs is the second one's dgrad
+                self.note("dgrad", part)
+        for place, index in edges.items():
+            taken = self.fuse_wgrad_accumulation and self.shared.deferred is None  # main_grad has it
+            if index >= 0 and (gradients[place] is not None or taken):
+                self.note("wgrad", self.parts[index])
 
-    def _quantized_by(self, index: int, part: Part, slot: str) -> str:
+    def note(self, gemm: str, part: Part) -> None:
+        """One GEMM of a part that has run, for the receipt, with what quantized its operands."""
+        words = [self._quantized_by(part, f"{gemm}.{side}") for side in ("a", "b")]
+        self.shared.counts[gemm, words[0], words[1], "transformer_engine"] += 1
+        part.ran.add(gemm)
+
+    def _quantized_by(self, part: Part, slot: str) -> str:
         spec, (kind, axis) = part.specs[slot], SLOT_AXES[slot]
         if spec is None:
             return "high"
         mode, offset = OPERANDS[kind]
-        quantizer = self.quantizers[mode][STRIDES[mode] * index + offset]
+        quantizer = self.quantizers[mode][STRIDES[mode] * self.parts.index(part) + offset]
         if not isinstance(quantizer, te.HybridQuantizer):
             return f"{spec.element} ({type(quantizer).__name__})"
+        if slot not in part.quantized:
+            raise RuntimeError(f"{part.name}: {slot} was multiplied, but never went through its quantizer")
         return f"{spec.element} ({dispatch.path(spec, axis, part.weight.dtype, part.weight.device.type)})"
+
+
+def _node(y: Tensor) -> Any:
+    """The node of Transformer Engine's own function in the graph of what its layer gave, before a bias is added."""
+    node: Any = y.grad_fn
+    while not isinstance(node, torch.autograd.function.BackwardCFunction):
+        node = node.next_functions[0][0]
+    return node
 
 
 def _options(part: Part, place: Place | None, sp: bool) -> dict[str, Any]:
@@ -228,6 +239,7 @@ class TeNormLinear(Joined, te.LayerNormLinear):
         )  # fmt: skip
         self.weight, self.bias = part.weight, part.bias
         _borrow(self, **_norm_parameters(norm))
+        self.norm = tuple(norm.parameters())
         self._take(part.shared, {part.name: part})
 
 
@@ -243,6 +255,7 @@ class TeNormMLP(Joined, te.LayerNormMLP):
         _borrow(self, fc1_weight=up.weight, fc2_weight=down.weight, **_norm_parameters(norm))
         if up.bias is not None:
             _borrow(self, fc1_bias=up.bias, fc2_bias=down.bias)
+        self.norm = tuple(norm.parameters())
         self.add_module(joint.up, up)
         self.add_module(joint.down, down)
         self._take(up.shared, {f"{joint.mlp}.fc1": up, f"{joint.mlp}.fc2": down})
@@ -264,18 +277,6 @@ def _borrow(module: nn.Module, **parameters: Tensor) -> None:
     for name, parameter in parameters.items():
         module._parameters.pop(name, None)
         vars(module)[name] = parameter
-
-
-class Passed(nn.Module):
-    """A norm that the layer after it computes: holds the parameters under their names."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        for name, parameter in norm.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
 
 
 class TeCore(nn.Module):

@@ -8,6 +8,11 @@ A finding names what made the number, not where it passed: inputs are looked at 
 them. A linear is watched at its three GEMMs and their operands, before any sum over tensor-parallel ranks, so that of
 ranks that share a layer only the one that made it has it at the GEMM. What a part of the model was given by another
 pipeline rank is marked `received`. Blocks must run uncompiled: a compiled region runs no hooks.
+
+A layer of a backend that computes several of the model's modules in one (joints.Computes) is watched from outside, as
+one: what it makes of finite numbers is named after the layer, forward or backward. Where it multiplies what our
+quantizers made, these are looked at, too. Where its GEMM adds a weight gradient to `main_grad` itself, that is what is
+looked at: autograd hands over a dummy.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowprec.joints import Computes, Passed
 from lowprec.linear import SLOT_AXES, LowPrecisionLinear, Shared
 from lowprec.philox import StepContext
 from lowprec.quantized import Operand
@@ -81,17 +87,32 @@ def watching(parts: Sequence[Any], shared: Shared) -> Iterator[Watch]:
     with ExitStack() as stack:
         for part in parts:
             _watch_borders(watch, part, stack)
+            layers = {name: module for name, module in part.named_modules() if isinstance(module, Computes)}
+            inside = {id(linear) for layer in layers.values() for linear in layer.parts}
+            made = {id(p): name for name, layer in layers.items() if not _is_linear(layer) for p in _makes(layer)}
             for name, module in part.named_modules():
-                _watch_parameters(watch, name, module, stack)
-                if isinstance(module, LowPrecisionLinear):
-                    stack.enter_context(_watched_gemms(watch, module))
-                if not any(True for _ in module.children()):
+                _watch_parameters(watch, name, module, made, stack)
+                if name in layers:
+                    for linear in layers[name].parts:
+                        stack.enter_context(_watched_gemms(watch, linear, name))
+                elif isinstance(module, LowPrecisionLinear) and id(module) not in inside:
+                    stack.enter_context(_watched_gemms(watch, module, None))
+                if name in layers or id(module) not in inside and not any(True for _ in module.children()):
                     _watch_leaf(watch, name, module, stack)
         yield watch
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _is_linear(module: Any) -> bool:
+    if isinstance(module, Computes):
+        return len(module.parts) == 1 and not module.norm
     return isinstance(module, (nn.Linear, LowPrecisionLinear))
+
+
+def _makes(layer: Computes) -> Iterator[nn.Parameter]:
+    """Parameters whose gradients a layer's backward makes."""
+    for linear in layer.parts:
+        yield from linear.parameters(recurse=False)
+    yield from layer.norm
 
 
 def _watch_borders(watch: Watch, part: Any, stack: ExitStack) -> None:
@@ -110,20 +131,27 @@ def _watch_borders(watch: Watch, part: Any, stack: ExitStack) -> None:
     stack.callback(part.register_forward_hook(after).remove)
 
 
-def _watch_parameters(watch: Watch, name: str, module: nn.Module, stack: ExitStack) -> None:
-    leg = "wgrad" if _is_linear(module) else "backward"
+def _watch_parameters(watch: Watch, name: str, module: nn.Module, made: dict[int, str], stack: ExitStack) -> None:
+    """made: id of a parameter -> the layer whose backward makes its gradient together with those of others."""
     for kind, parameter in module.named_parameters(recurse=False):
+        if not parameter.requires_grad:
+            continue
+        where, leg, what = name, "wgrad" if _is_linear(module) else "backward", f"gradient of the {kind}"
+        if id(parameter) in made:
+            where, leg, what = made[id(parameter)], "backward", f"gradient of {name}.{kind}"
 
-        def check(gradient: Tensor | None, what: str = f"gradient of the {kind}") -> None:
-            watch.check(gradient, name, leg, what, None)  # a split backward hands over None at first
+        def check(gradient: Tensor | None, parameter: Any = parameter, at: tuple[str, str, str] = (where, leg, what)):
+            held = vars(parameter).get("main_grad")
+            watch.check(gradient if held is None else held, *at, None)  # a split backward hands over None at first
 
-        if parameter.requires_grad:
-            stack.callback(parameter.register_hook(check).remove)  # pyright: ignore[reportArgumentType]
+        stack.callback(parameter.register_hook(check).remove)  # pyright: ignore[reportArgumentType]
 
 
 def _watch_leaf(watch: Watch, name: str, module: nn.Module, stack: ExitStack) -> None:
     """Inputs, parameters and outputs in the forward; gradients of outputs, then of inputs in the backward."""
     forth, back = ("fprop", "dgrad") if _is_linear(module) else ("forward", "backward")
+    linears: Sequence[Any] = module.parts if isinstance(module, Computes) else ()
+    holders = [(linear, linear.name, "fprop") for linear in linears] or [(module, name, forth)]
     around = name.rpartition(".")[0] or "model"  # what lies between two leaves belongs to their parent
 
     def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -131,8 +159,11 @@ def _watch_leaf(watch: Watch, name: str, module: nn.Module, stack: ExitStack) ->
 
     def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         row = watch.row
-        for kind, parameter in module.named_parameters(recurse=False):
-            watch.check(parameter.detach(), name, forth, f"the {kind} itself", row)
+        for holder, path, leg in holders:
+            for kind, parameter in holder.named_parameters(recurse=False):
+                watch.check(parameter.detach(), path, leg, f"the {kind} itself", row)
+        if isinstance(module, Passed):
+            return  # it does nothing: whatever comes back through it, the layer after it made
         watch.check(output, name, forth, "output", row)
         if not torch.is_grad_enabled():
             return
@@ -149,8 +180,11 @@ def _watch_leaf(watch: Watch, name: str, module: nn.Module, stack: ExitStack) ->
 
 
 @contextmanager
-def _watched_gemms(watch: Watch, layer: Any) -> Iterator[None]:
-    """The GEMMs of one LowPrecisionLinear and what they multiply, by methods of the instance that end with this."""
+def _watched_gemms(watch: Watch, layer: Any, within: str | None) -> Iterator[None]:
+    """The GEMMs of one LowPrecisionLinear and what they multiply, by methods of the instance that end with this.
+
+    within: the layer that multiplies for it, and asks for operands alone; None: it does so itself
+    """
     multiply, operand = layer.multiply, layer.operand
     kept = {key: layer.__dict__[key] for key in ("multiply", "operand") if key in layer.__dict__}
     rows: dict[str, int] = {}  # GEMM -> row of the micro-batch whose operand was made last
@@ -164,11 +198,17 @@ def _watched_gemms(watch: Watch, layer: Any) -> Iterator[None]:
         return product
 
     def watched_operand(slot: str, matrix: Tensor, position: StepContext, **options: Any) -> Operand:
-        gemm = slot.partition(".")[0]
-        rows[gemm] = position.row
-        if SLOT_AXES[slot][0] == "w":  # inputs and gradients of outputs are looked at by the module's hooks, earlier
+        gemm, _, side = slot.partition(".")
+        kind, rows[gemm] = SLOT_AXES[slot][0], position.row
+        if kind == "w":
             watch.check(matrix, layer.name, gemm, "the weight itself", None)
-        return operand(slot, matrix, position, **options)
+        elif within is not None:  # without one, the module's hooks have seen it earlier
+            leg, what = ("forward", "input") if kind == "x" else ("backward", "gradient of the output")
+            watch.check(matrix, within, leg, f"{what} of {layer.name}", position.row)
+        made = operand(slot, matrix, position, **options)
+        if within is not None:
+            watch.check([made.values, made.scale], layer.name, gemm, f"quantized operand {side}", position.row)
+        return made
 
     layer.multiply, layer.operand = watched_multiply, watched_operand
     try:

@@ -33,6 +33,7 @@ import torch.distributed as dist
 from torch import nn
 
 from errors import UsageError
+from lowprec import zero_sources
 from lowprec.adamw import Update
 from lowprec.codecs import UNIT
 from lowprec.collectives import parse_payload
@@ -103,28 +104,9 @@ _PATCH_ENGINE = Patch(
     module="deepspeed",
     name="DeepSpeedEngine",
     build=_engine_class,
-    relies_on={"_do_optimizer_sanity_check": "697bd4d5478d", "_configure_zero_optimizer": "cc7870325a7c"},
+    relies_on=zero_sources.ENGINE,
     why="BF16 with FP32 accumulation must run in the ZeRO optimizer at stage 1",
 )
-# What zero_optimizer.py overrides, and what calls the overridden methods.
-_RELIES_ON = {
-    "__init__": "e9c9d9eb3054",
-    "_gradient_reduction_buffer_dtype": "a5798dc54849",
-    "_fill_param_grad_accum_attribute": "1b50beac85f6",
-    "_get_flat_partition_unpadded": "04936c07b3ca",
-    "average_tensor": "a9941e3d346c",
-    "clear_grad_attribute": "b90cf25356dd",
-    "copy_grads_in_partition": "e4e9cba3a1b4",
-    "get_gradient_for_reduction": "d839e1d485f9",
-    "independent_gradient_partition_epilogue": "854f4cf7be3d",
-    "process_gradients": "53a2c0be5e68",
-    "reduce_gradients": "292fd17a4948",
-    "reduce_independent_p_g_buckets_and_remove_grads": "df03a8957341",
-    "reduce_ipg_grads": "df3e72454bc8",
-    "setup_buckets": "2e4a2c97d31b",
-    "step": "7e056292003c",
-    "update_lp_params": "d160564ab4e9",
-}
 
 
 def _stage3_class(base: type) -> type:
@@ -149,11 +131,7 @@ _PATCH_STAGE3 = Patch(
     module="deepspeed.runtime.zero.stage3",
     name="DeepSpeedZeroOptimizer_Stage3",
     build=_stage3_class,
-    relies_on={
-        "step": "19695d69a3d9",
-        "_get_norm_groups": "974311a54ac7",
-        "_loss_scale_update_and_overflow_cleanup": "fa15a8904ed3",
-    },
+    relies_on=zero_sources.STAGE_3,
     why="a step whose loss or gradient is an outlier is not applied",
 )
 
@@ -165,7 +143,7 @@ def _optimizer_patch(plan: Plan) -> Patch:
         module="deepspeed.runtime.engine",
         name="DeepSpeedZeroOptimizer",
         build=lambda base: low_precision(base, plan),
-        relies_on=_RELIES_ON,
+        relies_on=zero_sources.STAGES_0_TO_2,
         why="gradients, states and updates of stages 0 to 2 in the formats of the recipe",
     )
 
@@ -255,8 +233,9 @@ def build_engine(parts: Sequence[nn.Module], plan: ZeroPlan) -> Engine:
     )
     groups = _groups(parameters.values(), plan, dp)
     deepspeed_groups.mpu = None  # of an earlier engine in this process, which one without an mpu would take for its own
+    patches = _PATCH_ENGINE, _PATCH_STAGE3 if stage == 3 else _optimizer_patch(ours)
     # It also prints, once a rank, that it built its shared-memory operator.
-    with applied(_PATCH_ENGINE, _PATCH_STAGE3, _optimizer_patch(ours)), contextlib.redirect_stdout(io.StringIO()):
+    with applied(*patches), contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=PartitionedAdamW(groups, updater),

@@ -253,11 +253,7 @@ class Run:
 
     def fragments(self) -> list[Fragment]:
         """Everything that a checkpoint holds of this rank; amax histories are the same on all ranks of a stage."""
-        amaxes = self.precision.state().items()
-        return [
-            *self.engine.fragments(),
-            *(Fragment(name, (tensor.numel(),), 0, {AMAX: tensor.view(-1)}) for name, tensor in amaxes),
-        ]
+        return [*self.engine.fragments(), *amax_fragments(self.precision)]
 
     def save(self) -> None:
         """Write the checkpoint of the steps done so far. Collective."""
@@ -312,6 +308,12 @@ class Run:
             )
         self.precision.shared.counts.clear()  # the receipt speaks of training
         self.records.message(f"replayed the batch of step {start.step}: loss {found:.6f}, saved {saved['loss']:.6f}")
+
+
+def amax_fragments(precision: Precision) -> Iterator[Fragment]:
+    """Histories and scales of delayed scaling, for a checkpoint: live memory."""
+    for name, tensor in precision.state().items():
+        yield Fragment(name, (tensor.numel(),), 0, {AMAX: tensor.view(-1)})
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from data.stream import Batch
 from lowprec.engine import StepResult
+from lowprec.fragments import Fragment
 from parallel.checkpoint import load, newest, save
 from parallel.mesh import build_mesh
 from recipe import Recipe, from_dict, override
 from run.local import Local, build_local, initial_weights
+from run.state import AMAX, amax_fragments
 
 BASE: dict[str, Any] = {
     "name": "layout",
@@ -109,15 +111,19 @@ class Case:
         losses, norms = (list(values) for values in zip(*pairs, strict=True))
         return Outcome(losses, norms, self.local.engine.parameter_norm())
 
+    def fragments(self) -> list[Fragment]:
+        """What a run's checkpoint holds."""
+        return [*self.local.engine.fragments(), *amax_fragments(self.local.precision)]
+
     def save(self, folder: Path, step: int) -> None:
         engine = self.local.engine
-        save(folder, step, engine.fragments(), {"updates": engine.updates}, own=engine.own_states())
+        save(folder, step, self.fragments(), {"updates": engine.updates}, own=engine.own_states())
 
     def load(self, folder: Path) -> int:
         """Continue from the newest checkpoint; returns its step."""
         start = newest(folder)
         assert start is not None
-        own = load(start, self.local.engine.fragments())
+        own = load(start, self.fragments(), optional=frozenset({AMAX}))
         self.local.engine.updates = start.meta["updates"]
         self.local.engine.refresh_weights()
         self.local.engine.restore_own_states(own)

@@ -39,8 +39,20 @@ def draw(*shape: int, spread: float = 1.0, seed: int = 0) -> Tensor:
     return (torch.randn(shape, generator=generator) * spread).ldexp(exponents).bfloat16()
 
 
-def emulated(weight: Tensor, bias: Tensor | None, x: Tensor, dy: Tensor, slots: Slots, name: str = NAME) -> dict:
-    """y, dx, dw and db from the operands of our linear, multiplied in FP64: before anything is rounded to BF16."""
+def emulated(
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    dy: Tensor,
+    slots: Slots,
+    name: str = NAME,
+    *,
+    rounded: bool = False,
+) -> dict:
+    """y, dx, dw and db from the operands of our linear, multiplied in FP64: before anything is rounded to BF16.
+
+    rounded: the operands are, as those are that stand in a BF16 tensor with their scales
+    """
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype, device=weight.device)
     linear.weight.data.copy_(weight)
     layer = LowPrecisionLinear(linear, name, slots, shared())
@@ -49,6 +61,8 @@ def emulated(weight: Tensor, bias: Tensor | None, x: Tensor, dy: Tensor, slots: 
     for slot, (kind, _) in SLOT_AXES.items():
         values, scale, _ = layer.operand(slot, matrices[kind], layer.shared.position)
         number[slot] = values.double() * (1.0 if scale is None else scale.double())
+        if rounded:
+            number[slot] = number[slot].bfloat16().double()
     y = number["fprop.a"] @ number["fprop.b"].T + (0.0 if bias is None else bias.detach().double())
     return {
         "y": y.view(dy.shape),

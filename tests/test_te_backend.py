@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import sys
 from importlib.metadata import PackageNotFoundError, distributions
 
 import pytest
 
 from errors import UsageError
-from lowprec import backend
+from lowprec import backend, te_sources
 from lowprec.backend import Situation, choose
+from lowprec.patching import Sources
 from lowprec.policy import PrecisionConfig
 from recipe import load_policy
 from tests import te_cpu
+from tests.layout_case import Case
 from tests.spawn import run_ranks
 
 NAMES = ["layers.0.mlp.up", "layers.1.mlp.up", "lm_head"]
 POLICIES = ("mxfp8", "nvfp4", "mxfp4", "fp8_current", "fp8_block", "fp8_lm", "fp8_delayed")
+
+SMALL = (
+    "model.dtype=bf16",
+    "model.hidden_size=128",
+    "model.num_layers=2",
+    "model.ffn_size=128",
+    "model.num_kv_heads=4",
+    "train.seq_len=64",
+    "train.global_batch=4",
+    "optimizer.lr=1e-2",
+)
 
 
 def situation(policy: str = "mxfp8", size: tuple[int, int] = (256, 128), tokens: int = 256, **config) -> Situation:
@@ -29,22 +43,29 @@ def situation(policy: str = "mxfp8", size: tuple[int, int] = (256, 128), tokens:
     )
 
 
+class Gpu:
+    """What Transformer Engine is told of the GPU and its libraries."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+
+    def be(self, capability: tuple[int, int], cublas: int = 130100, cuda: float = 13.0) -> None:
+        from transformer_engine.pytorch import quantization
+
+        self.monkeypatch.setattr(quantization, "get_device_compute_capability", lambda: capability)
+        self.monkeypatch.setattr(te_cpu.tex, "get_cublasLt_version", lambda: cublas)
+        self.monkeypatch.setattr(te_cpu.tex, "CUDA", cuda)
+        for name in ("FP8", "MXFP8", "NVFP4", "FP8_BLOCK_SCALING"):
+            self.monkeypatch.setattr(quantization, f"_{name}_SUPPORT", None)
+
+
 @pytest.fixture
-def blackwell(monkeypatch):
-    """A GPU of compute capability 10.0, as the stand-in has it; `.capability` sets another."""
+def blackwell(monkeypatch) -> Gpu:
+    """A GPU of compute capability 10.0, as the stand-in has it; `.be` makes it another."""
     te_cpu.require()
     te_cpu.install()
-    from transformer_engine.pytorch import quantization
-
-    class Gpu:
-        def __setattr__(self, key: str, value: tuple[int, int]) -> None:
-            assert key == "capability"
-            monkeypatch.setattr(quantization, "get_device_compute_capability", lambda: value)
-            for name in ("FP8", "MXFP8", "NVFP4", "FP8_BLOCK_SCALING"):
-                monkeypatch.setattr(quantization, f"_{name}_SUPPORT", None)
-
-    gpu = Gpu()
-    gpu.capability = (10, 0)
+    gpu = Gpu(monkeypatch)
+    gpu.be((10, 0))
     return gpu
 
 
@@ -87,9 +108,61 @@ def test_auto_emulates_what_would_be_emulated_anyway(blackwell):
     ],
 )
 def test_architectures_are_judged_by_its_own_checks(blackwell, capability, policy, reason):
-    blackwell.capability = capability
+    blackwell.be(capability)
     with pytest.raises(UsageError, match=reason):
         choose(situation(policy, backend="te"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "cublas", "cuda", "policy", "reason"),
+    [
+        ((8, 9), 120102, 12.9, "fp8_current", "CublasLt version 12.1.3.x or higher required for FP8 execution on Ada"),
+        ((8, 9), 120103, 12.0, "fp8_delayed", "Cuda version 12.1 or higher required for FP8 execution on Ada"),
+        ((8, 9), 120102, 12.9, "mxfp4", "CustomRecipe: CublasLt version 12.1.3.x or higher"),
+        ((9, 0), 130100, 12.8, "fp8_block", "Float8BlockScaling: FP8 block scaled GEMM .* CUDA >= 12.9"),
+        ((8, 9), 120103, 12.1, "fp8_current", None),
+        ((9, 0), 120000, 12.9, "fp8_block", None),
+    ],
+)
+def test_cuda_and_cublas_are_judged_by_its_own_checks(blackwell, capability, cublas, cuda, policy, reason):
+    blackwell.be(capability, cublas, cuda)
+    if reason is None:
+        assert choose(situation(policy, backend="te")).te
+        return
+    with pytest.raises(UsageError, match=reason):
+        choose(situation(policy, backend="te"))
+    found = choose(situation(policy, backend="auto"))
+    assert found is not None and not found.te
+
+
+def test_a_transformer_engine_that_has_moved_is_refused_with_every_difference(blackwell, monkeypatch):
+    known = te_sources.KNOWN
+    assert not te_sources.SOURCES.drifted(), "the fingerprints are those of the version that tests run"
+    place = "transformer_engine.pytorch.module.linear"
+    moved = {f"{place}:Linear.forward": ("0" * 12, "1" * 12), f"{place}:Linear.nothing|nobody": ("2" * 12,)}
+    drift = Sources(dist="transformer_engine", of=moved).drifted()
+    assert f"{place}:Linear.forward changed in transformer_engine" in drift[0]
+    assert f"({'0' * 12} or {'1' * 12} -> {known['module.linear:Linear.forward'][0]})" in drift[0]
+    assert f"{place}:Linear.nothing|nobody is gone in transformer_engine" in drift[1] and len(drift) == 2
+    monkeypatch.setattr(te_sources, "drifted", lambda: tuple(drift))
+    with pytest.raises(UsageError) as error:
+        choose(situation(backend="te"))
+    assert all(f"{line}; its layers were read and tested otherwise: pip install" in str(error.value) for line in drift)
+    found = choose(situation(backend="auto"))
+    assert found is not None and not found.te and drift[0] in found.news
+
+
+def test_an_error_of_our_own_is_not_taken_for_one_of_its_installation(blackwell, monkeypatch):
+    original = importlib.import_module
+
+    def broken(name: str) -> object:
+        if name == "lowprec.te":
+            raise ImportError("a name that we misspelt")
+        return original(name)
+
+    monkeypatch.setattr(backend.importlib, "import_module", broken)
+    with pytest.raises(ImportError, match="misspelt"):
+        choose(situation(backend="auto"))
 
 
 @pytest.mark.parametrize(
@@ -130,16 +203,27 @@ def test_nothing_quantized_needs_no_backend():
         choose(situation("bf16", backend="te"))
 
 
-def _everything(rank: int, missing: bool) -> list[str]:
-    """The errors of `te` for every policy, where Transformer Engine is missing or has no compiled part."""
+class Missing(importlib.abc.MetaPathFinder):
+    """As if Transformer Engine had been uninstalled."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name.split(".")[0] in ("transformer_engine", "transformer_engine_torch"):
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+
+def _everything(rank: int, missing: bool) -> tuple[list[str], dict[str, list[float]]]:
+    """The errors of `te` for every policy, and losses of emulated runs (where it is missing).
+
+    Missing, or without its compiled part; `auto` looks for it, as it would on a GPU.
+    """
     if missing:
-        sys.modules["transformer_engine"] = None  # pyright: ignore[reportArgumentType]
+        sys.meta_path.insert(0, Missing())
 
         def version(name: str) -> str:
             raise PackageNotFoundError(name)
 
         backend.version = version
-    errors = []
+    errors, losses = [], {}
     for policy in POLICIES:
         for wanted in ("emulate", "auto"):
             found = choose(situation(policy, backend=wanted))
@@ -148,8 +232,18 @@ def _everything(rank: int, missing: bool) -> list[str]:
             choose(situation(policy, backend="te"))
         except UsageError as error:
             errors.append(str(error))
+    backend.DEVICES = ("cpu",)
+    for policy in POLICIES if missing else ():
+        model = (*SMALL, f"precision.policy={policy}")
+        losses[policy] = (
+            Case((*model, f"precision.backend={'auto' if policy == 'mxfp8' else 'emulate'}")).run(0, 4).losses
+        )
+        try:
+            Case((*model, "precision.backend=te"))
+        except UsageError as error:
+            errors.append(str(error))
     assert "transformer_engine.pytorch" not in sys.modules
-    return errors
+    return errors, losses
 
 
 @pytest.mark.parametrize(
@@ -162,5 +256,8 @@ def test_without_it_everything_is_emulated_and_te_says_what_to_install(missing, 
         te_cpu.require()
     if not missing and any(each.metadata["Name"] == "transformer_engine_torch" for each in distributions()):
         pytest.skip("its compiled part is installed")
-    (errors,) = run_ranks(_everything, 1, missing)
-    assert len(errors) == len(POLICIES) and all(words in error for error in errors), errors
+    ((errors, losses),) = run_ranks(_everything, 1, missing)
+    assert len(errors) == (2 if missing else 1) * len(POLICIES) and all(words in error for error in errors), errors
+    for policy, curve in losses.items():
+        assert curve[-1] < curve[0], policy
+    assert len(losses) == (len(POLICIES) if missing else 0)

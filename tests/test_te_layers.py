@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from errors import UsageError
-from lowprec.linear import SLOT_AXES
 from lowprec.native import native
 from lowprec.policy import Gemm, Slots
 from tests import te_cpu
@@ -36,7 +35,7 @@ from tests.linear_truth import (
     one_ulp,
     slots_of,
 )
-from tests.te_case import ACTIVATIONS, close, custom_recipe, ours, outcome, recipes, run, te, te_linear
+from tests.te_case import ACTIVATIONS, check_all, custom_recipe, ours, outcome, products, recipes, run, te, te_linear
 from tests.te_cpu.native import specs as quantizer_specs
 
 from tests import gpu_te  # isort: skip (after the stand-in)
@@ -47,12 +46,14 @@ from tests import gpu_te  # isort: skip (after the stand-in)
 def test_linear(policy, bias):
     layer, slots = te_linear(bias), slots_of(policy)
     x, dy = draw(4, TOKENS // 4, INPUTS), draw(4, TOKENS // 4, OUTPUTS, spread=1e-3)
-    truth = emulated(layer.weight, layer.bias if bias else None, x, dy, slots)
+    truth, rounded = (
+        emulated(layer.weight, layer.bias if bias else None, x, dy, slots, rounded=each) for each in (False, True)
+    )
     for name, value in outcome(layer, slots, x, dy).items():
         if policy in EXACT or name == "db":
             assert one_ulp(value, truth[name]), name
         else:
-            assert distance(value, truth[name]) < 3e-3, name
+            assert one_ulp(value, rounded[name]) and distance(value, truth[name]) < 3e-3, name
 
 
 @pytest.mark.parametrize("side", ["a", "b"])
@@ -100,72 +101,90 @@ def test_linear_with_power_of_two_tensor_scales(policy, changes, amaxes):
         assert one_ulp(value, truth[name]), name
 
 
+def normed(x: Tensor, layer: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the layer's norm makes of x, in FP64, and the leaves that it hangs on."""
+    leaves = {"x": x.detach().double().requires_grad_()}
+    for key in ("layer_norm_weight", "layer_norm_bias"):
+        if getattr(layer, key, None) is not None:
+            leaves[key] = getattr(layer, key).detach().double().requires_grad_()
+    weight, offset = leaves["layer_norm_weight"], leaves.get("layer_norm_bias")
+    if offset is None:
+        return F.rms_norm(leaves["x"], (INPUTS,), weight, layer.eps), leaves
+    return F.layer_norm(leaves["x"], (INPUTS,), weight, offset, layer.eps), leaves
+
+
+def check_norm(layer: Any, inputs: Tensor, entered: Tensor, gradient: Tensor) -> None:
+    """A norm before a linear: what entered the linear, and what became of the gradient that its dgrad gave."""
+    y, leaves = normed(inputs, layer)
+    assert one_ulp(entered, y.detach())
+    y.backward(gradient.double())
+    for key, leaf in leaves.items():
+        found = inputs.grad if key == "x" else getattr(layer, key).grad
+        assert leaf.grad is not None and one_ulp(found, leaf.grad), key
+
+
 @pytest.mark.parametrize("policy", [*EXACT, *ROUNDED])
 @pytest.mark.parametrize("norm", ["RMSNorm", "LayerNorm"])
 def test_layernorm_linear(policy, norm):
+    """Its three GEMMs, from the matrices that it gave to its quantizers; its norm, from what the GEMMs gave."""
     layer = te.LayerNormLinear(
-        INPUTS, OUTPUTS, bias=True, normalization=norm, params_dtype=torch.bfloat16, device="cpu", name=NAME,
-        return_layernorm_output=True,
-    )  # fmt: skip
+        INPUTS, OUTPUTS, bias=True, normalization=norm, params_dtype=torch.bfloat16, device="cpu", name=NAME
+    )
     with torch.no_grad():
         layer.weight.copy_(draw(OUTPUTS, INPUTS, spread=0.05))
         layer.bias.copy_(draw(OUTPUTS))
         layer.layer_norm_weight.copy_(1 + 0.1 * draw(INPUTS))
-    slots, dy = slots_of(policy), draw(TOKENS, OUTPUTS, spread=1e-3)
-    x = draw(TOKENS, INPUTS).requires_grad_()
-    with te.autocast(recipe=custom_recipe({NAME: slots})):
-        y, normed = layer(x)
-    y.backward(dy)
-    truth = emulated(layer.weight, layer.bias, normed.detach(), dy, slots)
-    wide = x.detach().float().requires_grad_()
-    weight, offset = layer.layer_norm_weight.float(), getattr(layer, "layer_norm_bias", None)
-    plain = (
-        F.rms_norm(wide, (INPUTS,), weight, layer.eps)
-        if offset is None
-        else F.layer_norm(wide, (INPUTS,), weight, offset.float(), layer.eps)
-    )
-    assert one_ulp(normed, plain.detach().double())
-    plain.backward(truth["dx"].float())
-    assert distance(x.grad, wide.grad) < 4e-3  # dx of the linear is rounded before it enters the norm's backward
-    for name, value in (("y", y.detach()), ("dw", layer.weight.grad), ("db", layer.bias.grad)):
-        assert close(value, truth[name], policy), name
+    x, dy = draw(TOKENS, INPUTS).requires_grad_(), draw(TOKENS, OUTPUTS, spread=1e-3)
+    with products() as found:
+        with te.autocast(recipe=custom_recipe({NAME: slots_of(policy)})):
+            y = layer(x)
+        y.backward(dy)
+    gemms = {each.gemm: each for each in found}
+    assert len(found) == 3
+    check_all(found, policy)
+    assert torch.equal(gemms["fprop"].value, y.detach()) and torch.equal(gemms["wgrad"].value, layer.weight.grad)
+    assert torch.equal(gemms["dgrad"].given["a"], dy) and one_ulp(layer.bias.grad, dy.double().sum(0))
+    assert torch.equal(gemms["fprop"].given["b"], layer.weight) and torch.equal(gemms["dgrad"].given["b"], layer.weight)
+    check_norm(layer, x, gemms["fprop"].given["a"], gemms["dgrad"].value)
 
 
 @pytest.mark.parametrize("policy", [*EXACT, *ROUNDED])
 @pytest.mark.parametrize(("activation", "width"), [("swiglu", 2), ("gelu", 1), ("srelu", 1)])
-def test_layernorm_mlp(policy, activation, width, monkeypatch):
-    """Each of its six GEMMs against ours, from the matrices that it gave to its quantizers."""
-    hidden = 192
+def test_layernorm_mlp(policy, activation, width):
+    """Its six GEMMs, from the matrices that it gave to its quantizers; norm and activation, from what these gave."""
+    hidden, bias = 192, activation != "swiglu"
     layer = te.LayerNormMLP(
-        INPUTS, hidden, bias=False, normalization="RMSNorm", activation=activation, params_dtype=torch.bfloat16,
+        INPUTS, hidden, bias=bias, normalization="RMSNorm", activation=activation, params_dtype=torch.bfloat16,
         device="cpu", name=NAME,
     )  # fmt: skip
     with torch.no_grad():
         layer.fc1_weight.copy_(draw(width * hidden, INPUTS, spread=0.05))
         layer.fc2_weight.copy_(draw(INPUTS, hidden, spread=0.05))
-    seen, original = {}, ours.QuantizeDequantize._maybe_cast
-
-    def note(quantizer: Any, tensor: Tensor) -> Tensor:
-        seen[quantizer.linear.name.removeprefix(f"{NAME}."), SLOT_AXES[quantizer.slot][0]] = tensor.detach().clone()
-        return original(quantizer, tensor)
-
-    monkeypatch.setattr(ours.QuantizeDequantize, "_maybe_cast", note)
-    slots, names = slots_of(policy), [f"{NAME}.fc1", f"{NAME}.fc2"]
-    dy = draw(TOKENS, INPUTS, spread=1e-3)
-    y, _ = run(layer, dict.fromkeys(names, slots), draw(TOKENS, INPUTS), dy)
-    assert torch.equal(seen["fc2", "dy"], dy)
-    first, second = (
-        emulated(seen[fc, "w"], None, seen[fc, "x"], seen[fc, "dy"], slots, f"{NAME}.{fc}") for fc in ("fc1", "fc2")
-    )
-    assert close(y, second["y"], policy)
-    assert close(layer.fc1_weight.grad, first["dw"], policy)
-    assert close(layer.fc2_weight.grad, second["dw"], policy)
-    # Between the two: the activation, of what the first GEMM gave, rounded.
-    between = first["y"].bfloat16().float().requires_grad_()
+        if bias:
+            layer.fc1_bias.copy_(draw(width * hidden))
+            layer.fc2_bias.copy_(draw(INPUTS))
+    x, dy = draw(TOKENS, INPUTS).requires_grad_(), draw(TOKENS, INPUTS, spread=1e-3)
+    table = dict.fromkeys((f"{NAME}.fc1", f"{NAME}.fc2"), slots_of(policy))
+    with products() as found:
+        with te.autocast(recipe=custom_recipe(table)):
+            y = layer(x)
+        y.backward(dy)
+    assert len(found) == 6
+    check_all(found, policy)
+    gemms = {(each.name.removeprefix(f"{NAME}."), each.gemm): each for each in found}
+    assert torch.equal(gemms["fc2", "fprop"].value, y.detach()) and torch.equal(gemms["fc2", "dgrad"].given["a"], dy)
+    for fc in ("fc1", "fc2"):
+        weight, dw = getattr(layer, f"{fc}_weight"), gemms[fc, "wgrad"]
+        assert torch.equal(gemms[fc, "fprop"].given["b"], weight) and torch.equal(gemms[fc, "dgrad"].given["b"], weight)
+        assert torch.equal(dw.value, weight.grad) and torch.equal(dw.given["a"], gemms[fc, "dgrad"].given["a"])
+        if bias:
+            assert one_ulp(getattr(layer, f"{fc}_bias").grad, dw.given["a"].double().sum(0))
+    between = gemms["fc1", "fprop"].value.double().requires_grad_()
     after = ACTIVATIONS[activation](between)
-    assert distance(seen["fc2", "x"], after.detach().double()) < 1e-2
-    after.backward(second["dx"].bfloat16().float())
-    assert distance(seen["fc1", "dy"], between.grad.double()) < 1e-2
+    assert one_ulp(gemms["fc2", "fprop"].given["a"], after.detach())
+    after.backward(gemms["fc2", "dgrad"].value.double())
+    assert between.grad is not None and one_ulp(gemms["fc1", "dgrad"].given["a"], between.grad)
+    check_norm(layer, x, gemms["fc1", "fprop"].given["a"], gemms["fc1", "dgrad"].value)
 
 
 @pytest.mark.parametrize("bias", [False, True])

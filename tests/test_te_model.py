@@ -5,6 +5,7 @@ One start of Transformer Engine for all cases of one rank, another for those of 
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 
 from errors import UsageError
 from lowprec import backend
+from lowprec.policy import GEMMS
 from run.dry_run import dry_run
 from tests import layout_case, te_cpu
 from tests.layout_case import Case, Outcome, recipe_of
@@ -32,6 +34,7 @@ SMALL = (
     "train.global_batch=4",
 )
 WIDE = ("model.hidden_size=128", "model.head_dim=null", "train.seq_len=64")
+MXFP4 = ("precision.policy=mxfp4", "train.seq_len=64")
 FP8_LM = (
     "precision.policy=fp8_lm",
     "gradients.payload=fp8_lm",
@@ -41,7 +44,6 @@ FP8_LM = (
     "optimizer.exp_avg_sq=fp16_scaled",
 )
 ZERO_BUBBLE = (
-    "precision.policy=mxfp8",
     "parallel.pp=2",
     "parallel.schedule=zbv",
     "model.num_layers=4",
@@ -49,8 +51,9 @@ ZERO_BUBBLE = (
 )
 ALONE = {
     "mxfp8": ("precision.policy=mxfp8", "model.recompute=full", "model.bias=true"),
-    "mxfp4": ("precision.policy=mxfp4", "model.recompute=selective", "train.seq_len=64"),
+    "mxfp4": (*MXFP4, "model.recompute=full"),
     "fp8_block": ("precision.policy=fp8_block", *WIDE),
+    "fp8_current": ("precision.policy=fp8_current", "model.recompute=selective"),
     "nvfp4": ("precision.policy=nvfp4", "model.activation=gelu", "model.norm=layernorm", "model.bias=true"),
     "fp8_delayed": ("precision.policy=fp8_delayed", "model.activation=relu2"),
     "main_grad": ("precision.policy=mxfp8", "precision.wgrad_output=fp32"),
@@ -67,14 +70,24 @@ ALONE = {
 }
 TWO = {
     "tp": ("precision.policy=mxfp8", "parallel.tp=2", "model.bias=true"),
-    "tp, custom": ("precision.policy=mxfp4", "parallel.tp=2", "train.seq_len=64"),
+    "tp, custom": (*MXFP4, "parallel.tp=2"),
+    "tp, fp8_current": ("precision.policy=fp8_current", "parallel.tp=2"),
     "tp, sp": ("precision.policy=mxfp8", "parallel.tp=2", "parallel.sp=true", "model.bias=true"),
     "tp, sp, custom": ("precision.policy=mxfp4", "parallel.tp=2", "parallel.sp=true", "train.seq_len=128"),
     "tp, main_grad": ("precision.policy=mxfp8", "parallel.tp=2", "precision.wgrad_output=fp32"),
     "pp": ("precision.policy=mxfp8", "parallel.pp=2", "train.global_batch=8"),
-    "zero bubble": (*ZERO_BUBBLE, "model.bias=true"),
-    "zero bubble, main_grad": (*ZERO_BUBBLE, "precision.wgrad_output=fp32"),
+    "zero bubble": ("precision.policy=mxfp8", *ZERO_BUBBLE, "model.bias=true"),
+    "zero bubble, custom": (*MXFP4, *ZERO_BUBBLE, "model.bias=true"),
+    "zero bubble, main_grad": ("precision.policy=mxfp8", *ZERO_BUBBLE, "precision.wgrad_output=fp32"),
     "FP8-LM": FP8_LM,
+}
+# Every policy through our quantizers in its layers, whether it has a recipe for it or not.
+CUSTOM = {
+    "mxfp8": ("precision.policy=mxfp8",),
+    "nvfp4": ("precision.policy=nvfp4",),
+    "mxfp4": MXFP4,
+    "fp8_current": ("precision.policy=fp8_current",),
+    "fp8_block": ("precision.policy=fp8_block", *WIDE),
 }
 MUCH = ("precision.policy=mxfp8", "train.micro_batch=4", "optimizer.lr=3e-3")
 STEPS = 50
@@ -89,12 +102,27 @@ class Seen(NamedTuple):
     receipt: dict[str, int]
 
 
+class Relay(NamedTuple):
+    """Losses of runs in turns and of one hand; whether amax histories were found as they had been left."""
+
+    losses: list[float]
+    single: list[float]
+    carried: list[bool]
+
+
 class Alone(NamedTuple):
-    """What one rank did. curves: losses of our linears, of ours with FP32 GEMMs, of Transformer Engine."""
+    """What one rank did.
+
+    curves: losses of our linears, of ours with FP32 GEMMs, of Transformer Engine
+    kept:   of "mxfp4" without recomputation
+    gemms:  policy -> how often each GEMM of each linear was compared
+    """
 
     pairs: dict[str, tuple[Seen, Seen]]
     curves: list[list[float]]
-    relay: tuple[list[float], list[float]]
+    kept: Outcome
+    gemms: dict[str, list[int]]
+    relay: Relay
 
 
 def case(wanted: str, *overrides: str, fill: bool = True) -> Case:
@@ -129,19 +157,42 @@ def _alone(rank: int, folder: Path) -> Alone:
     layout_case.build_local = lambda recipe, mesh, device, dtype: build(recipe, mesh, device, torch.float32)
     curves.insert(1, case("emulate", *MUCH).run(0, STEPS).losses)
     layout_case.build_local = build
-    return Alone(pairs, curves, _relay(folder))
+    kept = case("te", *MXFP4).run(0, 3)
+    return Alone(pairs, curves, kept, _every_gemm(), _relay(folder))
 
 
-def _relay(folder: Path) -> tuple[list[float], list[float]]:
+def _every_gemm() -> dict[str, list[int]]:
+    """One step's forward and backward; each GEMM against our linear's, for the matrices that it was given."""
+    from lowprec import te_layers
+    from tests.te_case import check_all, ours, products, recipes
+
+    own, counts = te_layers.recipe_of, {}
+    te_layers.recipe_of = lambda linears: recipes.CustomRecipe(qfactory=ours.Factory(linears))
+    for policy, overrides in CUSTOM.items():
+        run = case("te", *overrides)
+        with products() as found:
+            run.backward(0)
+        check_all(found, policy)
+        often = Counter((each.name, each.gemm) for each in found)
+        counts[policy] = [often[name, gemm] for name in run.local.precision.layers for gemm in GEMMS]
+    te_layers.recipe_of = own
+    return counts
+
+
+def _relay(folder: Path) -> Relay:
     """Six steps that change hands, emulated, Transformer Engine, emulated; and six of one hand."""
-    losses = []
+    losses, left, carried = [], {}, []
     for turn, wanted in enumerate(("emulate", "te", "emulate")):
         run = case(wanted, "precision.policy=fp8_delayed", fill=turn == 0)
+        state = run.local.precision.state()
         if turn:
             assert run.load(folder) == 2 * turn
+            assert state.keys() == left.keys() and any(name.endswith(".dy.history") for name in state)
+            carried += [torch.equal(state[name], left[name]) and bool((left[name] != 1).any()) for name in left]
         losses += run.run(2 * turn, 2).losses
         run.save(folder, 2 * turn + 2)
-    return losses, case("emulate", "precision.policy=fp8_delayed").run(0, 6).losses
+        left = {name: tensor.clone() for name, tensor in state.items()}
+    return Relay(losses, case("emulate", "precision.policy=fp8_delayed").run(0, 6).losses, carried)
 
 
 def _two(rank: int) -> dict[str, tuple[Seen, Seen]]:
@@ -150,12 +201,12 @@ def _two(rank: int) -> dict[str, tuple[Seen, Seen]]:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Alone:
-    return run_ranks(_alone, 1, tmp_path_factory.mktemp("relay"), timeout=400)[0]
+    return run_ranks(_alone, 1, tmp_path_factory.mktemp("te"), timeout=600)[0]
 
 
 @pytest.fixture(scope="module")
 def two() -> list[dict[str, tuple[Seen, Seen]]]:
-    return run_ranks(_two, 2, timeout=400)
+    return run_ranks(_two, 2, timeout=600)
 
 
 def compare(ours: Seen, theirs: Seen) -> None:
@@ -174,7 +225,7 @@ def test_training_follows_the_emulated_run(alone, name):
     assert kinds <= theirs.kinds
     emulated = any("fused" in words for words in theirs.receipt)
     assert emulated == (name in ("mxfp4", "schedule"))  # the others are its own recipes, in every phase
-    if name != "mxfp8":  # which recomputes its forwards
+    if name not in ("mxfp8", "mxfp4"):  # which recompute their forwards
         assert sum(theirs.receipt.values()) == sum(ours.receipt.values())
 
 
@@ -192,10 +243,23 @@ def test_fifty_steps_stay_within_the_noise_of_another_order_of_additions(alone):
     assert gap.square().mean().sqrt() < 2 * noise.square().mean().sqrt() < 2e-2
 
 
+@pytest.mark.parametrize("policy", CUSTOM)
+def test_every_gemm_of_a_transformer_is_that_of_our_linear(alone, policy):
+    """Within the limits of `check_all`, in each of two micro-batches."""
+    counts = alone.gemms[policy]
+    assert len(counts) == 3 * 4 * 2 and set(counts) == {2}
+
+
+def test_recomputation_repeats_our_quantizers_bit_for_bit(alone):
+    assert alone.pairs["mxfp4"][1].outcome == alone.kept
+
+
 def test_checkpoints_pass_between_backends(alone):
-    relayed, single = alone.relay
-    assert relayed[:2] == single[:2]
-    assert relayed == pytest.approx(single, rel=4e-3)
+    """Amax histories and scales of delayed scaling, too."""
+    losses, single, carried = alone.relay
+    assert losses[:2] == single[:2]
+    assert losses == pytest.approx(single, rel=4e-3)
+    assert len(carried) == 2 * 2 * 3 * 8 and all(carried)
 
 
 @pytest.mark.parametrize("name", TWO)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowprec.joints import NormLinear
-from lowprec.linear import Place
+from lowprec.linear import Place, Shared
 from tests.linear_truth import INPUTS, OUTPUTS, TOKENS, distance, draw, emulated, shared, slots_of
 from tests.spawn import run_ranks
-from tests.te_case import ours, recipes, te_layers
+from tests.te_case import check_all, ours, products, recipes, te_layers
 
 CUSTOM = ("mxfp8", "nvfp4", "mxfp4", "fp8_current", "fp8_block")
 # A rank scales by the amax of what it holds: the same numbers only where scales are powers of two.
@@ -67,9 +68,13 @@ def _pairs(rank: int | None, sp: bool, policies: tuple[str, ...]) -> dict[str, d
         swap = te_layers.TeSwap((NormLinear("norm", "up"),), sp)
         swap(model, list(table), [table], shared(), {} if rank is None else _places(rank))
         x = draw(ROWS, INPUTS)[part].clone().requires_grad_()
-        y = model(x[None])[0]
-        y.backward(draw(ROWS, INPUTS, spread=1e-3, seed=1)[part])
+        with products() as gemms:
+            y = model(x[None])[0]
+            y.backward(draw(ROWS, INPUTS, spread=1e-3, seed=1)[part])
         found[policy] = {"y": y.detach(), "dx": x.grad} | {name: p.grad for name, p in model.named_parameters()}
+        if te_layers.recipe_of is _custom:
+            check_all(gemms, policy)  # of this rank's operands; whole tensors have one amax
+            assert len(gemms) == 6
     return found
 
 
@@ -151,14 +156,16 @@ def test_weight_gradients_add_up_in_main_grad(policy):
     assert distance(layer.weight.main_grad, total) < (3e-4 if policy == "mxfp4" else 1e-6)
 
 
-@pytest.mark.parametrize("quantized", [True, False])
-def test_weight_gradients_can_come_later(quantized):
-    """In the queue of a split backward, with the bias gradients of what is not quantized."""
+@pytest.mark.parametrize("kind", ["own recipe", "custom", "high"])
+def test_weight_gradients_can_come_later(kind, monkeypatch):
+    """In the queue of a split backward, with the bias gradients of what is not quantized; the same bits."""
     found = []
+    if kind == "custom":
+        monkeypatch.setattr(te_layers, "recipe_of", _custom)
     for later in (False, True):
         common, model = shared(), Pair(0)
         common.deferred = [] if later else None
-        slots = _slots("nvfp4") if quantized else slots_of("bf16")
+        slots = slots_of("bf16") if kind == "high" else _slots("nvfp4" if kind == "own recipe" else "mxfp4")
         te_layers.TeSwap((NormLinear("norm", "up"),))(
             model, ["up", "down"], [dict.fromkeys(("up", "down"), slots)], common, {}
         )
@@ -170,8 +177,29 @@ def test_weight_gradients_can_come_later(quantized):
         if later:
             names = {id(parameter): name for name, parameter in model.named_parameters()}
             assert gradients["up.weight"] is None and gradients["down.weight"] is None
-            assert common.deferred is not None and len(common.deferred) == (2 if quantized else 3)
+            assert common.deferred is not None and len(common.deferred) == (3 if kind == "high" else 2)
+            assert _gemms(common) == {"fprop": 2, "dgrad": 2}, "a GEMM counts when it has run"
             gradients |= {names[id(parameter)]: compute() for parameter, compute in common.deferred}
+        assert _gemms(common) == {"fprop": 2, "dgrad": 2, "wgrad": 2}
         found.append(gradients | {"dx": x.grad})
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def _gemms(common: Shared) -> dict[str, int]:
+    """GEMM -> how many of them the receipt has."""
+    found: Counter[str] = Counter()
+    for (gemm, *_), count in common.counts.items():
+        found[gemm] += count
+    return dict(found)
+
+
+def test_a_bias_gradient_that_its_gemm_does_not_give_is_an_error():
+    common, model = shared(), Pair(0)
+    common.deferred = []
+    te_layers.TeSwap(())(model, ["down"], [{"down": slots_of("bf16")}], common, {})
+    model(draw(1, TOKENS, INPUTS).requires_grad_()).backward(draw(1, TOKENS, INPUTS))
+    (_, (bias, compute)) = common.deferred
+    assert bias is model.down.bias
+    with pytest.raises(RuntimeError, match="down: the GEMM of the weight gradient gave none of the bias"):
+        compute()  # before the weight's

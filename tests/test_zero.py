@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+
 import pytest
 import torch
 from torch import nn
 
+from lowprec import zero_sources
 from lowprec.engine import Engine
 from lowprec.optim import OptimizerConfig
 from lowprec.patching import PatchError
 from lowprec.zero import ZeroConfig, ZeroPlan, build_engine
+from tests.launch import ROOT
 from tests.spawn import run_ranks
 
 pytestmark = pytest.mark.xdist_group("zero")  # what its fixtures compute is computed once
@@ -265,3 +270,26 @@ def test_drifted_deepspeed_is_a_clear_error():
     (message,) = run_ranks(_drifted_rank, 1)
     assert "average_tensor changed upstream" in message
     assert "read it again" in message
+
+
+def _names(file: str, of: str) -> set[str]:
+    """Attributes of the name `of`, or of super(), that a source file reads or calls, and methods that it defines."""
+    tree = ast.parse((ROOT / "lowprec" / file).read_text())
+    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and ast.unparse(n.value) in (of, "super()")}
+    return used | {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+
+
+def test_every_method_of_deepspeed_that_we_override_or_call_is_fingerprinted():
+    """Public ones of the engine are its interface."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    ours, engine = _names("zero_optimizer.py", "self"), _names("engine.py", "optimizer") | _names("engine.py", "zero")
+    for base, names, known in (
+        (DeepSpeedZeroOptimizer, ours, zero_sources.STAGES_0_TO_2),
+        (DeepSpeedZeroOptimizer_Stage3, engine | _names("zero.py", "self"), zero_sources.STAGE_3),
+        (DeepSpeedEngine, {n for n in _names("zero.py", "self") if n.startswith("_")}, zero_sources.ENGINE),
+    ):
+        theirs = {name for name in names if inspect.isfunction(getattr(base, name, None))}
+        assert theirs and theirs <= known.keys() | {"backward", "zero_grad"}, (base, theirs - known.keys())

@@ -66,7 +66,7 @@ EDITS: Mapping[str, tuple[tuple[str, str, int], ...]] = {
         ('torch.device("cuda")', 'torch.device("cpu")', 6),
         ('1, dtype=torch.float32, device="cuda"', '1, dtype=torch.float32, device="cpu"', 1),
         ("torch.cuda.is_current_stream_capturing()", "False", 1),
-        ("float(torch.version.cuda)", "13.0", 2),
+        ("float(torch.version.cuda)", "tex.CUDA", 2),
     ),
     "quantized_tensor": (
         ("torch.cuda.current_device() if device is None else device", '"cpu" if device is None else device', 1),

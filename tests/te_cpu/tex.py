@@ -76,6 +76,9 @@ NVTERoutingMapFormat, NVTEQBHistogramMode = _Numbers(), _Numbers()
 NVTE_Fused_Attn_Backend = _count("NVTE_Fused_Attn_Backend", 0, "NVTE_No_Backend NVTE_F16_arbitrary_seqlen NVTE_FP8")
 
 
+CUDA = 13.0  # in the place of torch.version.cuda
+
+
 def get_cublasLt_version() -> int:
     return 130100
 
