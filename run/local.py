@@ -3,8 +3,9 @@
     recipe -> stages of this rank -> tensor-parallel shards -> memory -> low precision -> communication -> ZeRO
            -> pipeline schedule
 
-No rank ever holds the whole model (but while it reads model.init_from), and initial weights are the same for every
-layout: they are drawn by name and element (model/init.py).
+No rank ever holds more than its stages' shards of the model, in the model's own type (but while it reads
+model.init_from); ZeRO 3 cuts them further once they have memory. Initial weights are the same for every layout: they
+are drawn by name and element (model/init.py).
 """
 
 from __future__ import annotations

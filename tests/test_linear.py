@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import recipe as recipes
 from errors import UsageError
-from lowprec import StepContext, operand
+from lowprec import StepContext, reference
 from lowprec.apply import Precision, RunFacts
 from lowprec.linear import SLOT_AXES
 from lowprec.policy import Policy, PrecisionConfig, parse
@@ -61,7 +61,8 @@ def explicit(precision: Precision, name: str, x: torch.Tensor, dy: torch.Tensor)
         if spec is not None:
             key = StepContext(seed=3, step=5, row=64).key(name, slot, tokens=kind != "w")
             scale = torch.ones(()) if spec.amax_history else None
-            values, factor, _ = operand(matrix, spec, axis=axis, seed=key, encode_scale=scale, dtype=torch.float32)
+            found = reference.operand(matrix, spec, axis=axis, seed=key, encode_scale=scale, dtype=torch.float32)
+            values, factor, _ = found
             matrix = values.double() * (1.0 if factor is None else factor.double())
         numbers[slot] = matrix.double()
     return {
@@ -120,19 +121,20 @@ def test_recomputation_gives_the_same_bits(name):
 
 
 def test_micro_batches_draw_the_bits_of_their_rows():
-    """One batch of 64 tokens, or two of 32 at their own rows: the same input gradients."""
-    x = torch.randn(64, 128).bfloat16()
+    """One batch of 64 tokens, or two of 32 at their own rows: the same input gradients, which are rounded at random."""
+    _, precision = build("mxfp4")
+    layer, x = precision.layers["layers.0.mlp"], torch.randn(64, 128).bfloat16()
     dy = (torch.randn(64, 128) * 1e-3).bfloat16()
-    whole, precision = build("nvfp4")
-    layer = precision.layers["layers.0.mlp"]
-    spec = layer.specs["dgrad.a"]
-    amax = dy.float().abs().max()
-    key = StepContext(seed=3, step=5, row=64).key("layers.0.mlp", "dgrad.a")
-    together = operand(dy, spec, seed=key, amax=amax).values
-    later = StepContext(seed=3, step=5, row=96).key("layers.0.mlp", "dgrad.a")
-    apart = [operand(dy[:32], spec, seed=key, amax=amax).values, operand(dy[32:], spec, seed=later, amax=amax).values]
-    assert torch.equal(together, torch.cat(apart))
-    assert x.shape == (64, 128)
+
+    def input_gradient(first: int, count: int, row: int) -> torch.Tensor:
+        precision.at(row)
+        part = x[first : first + count].clone().requires_grad_()
+        layer(part).backward(dy[first : first + count])
+        return part.grad
+
+    whole = input_gradient(0, 64, 64)
+    assert torch.equal(whole, torch.cat((input_gradient(0, 32, 64), input_gradient(32, 32, 96))))
+    assert not torch.equal(whole[32:], input_gradient(32, 32, 64)), "other rows have other bits"
 
 
 def test_split_backward_runs_each_weight_gemm_once():

@@ -27,7 +27,7 @@ MODEL = (
     "model.num_layers=4",
     "model.ffn_size=512",
 )
-# Packed 4-bit states in blocks, no FP32 masters, stochastic rounding; and BF16 with FP32 masters
+# Packed 4-bit states in blocks, no FP32 masters, stochastic rounding; and BF16 with FP32 masters and amax histories
 LEAN = (
     *MODEL,
     "model.tied_embeddings=true",
@@ -36,7 +36,7 @@ LEAN = (
     "optimizer.master=none",
     "optimizer.update=stochastic",
 )
-MASTERS = (*MODEL, "precision.policy=mxfp8")
+MASTERS = (*MODEL, "precision.policy=fp8_delayed")
 HYBRID = (
     *MODEL,
     "model.pattern=M-M*",
