@@ -20,11 +20,15 @@ ALLOWED = {
     "parallel": {"errors", "lowprec"},
     "report": {"errors"},
     "report.compare": {"errors", "strict_yaml", "recipe"},
+    "report.plan": {"errors", "strict_yaml", "recipe", "model", "lowprec", "parallel", "report", "run"},
     "recipe": {"errors", "sections", "strict_yaml", "data", "model", "lowprec", "parallel", "report"},
     "run": {"errors", "recipe", "sections", "data", "model", "lowprec", "parallel", "report"},
     "convert": {"errors", "recipe", "data", "model", "lowprec", "parallel", "report", "run"},
-    "bench": {"errors", "recipe", "data", "model", "lowprec", "parallel", "report", "report.compare", "run", "train"},
-    "train": {"errors", "recipe", "data", "model", "lowprec", "parallel", "report", "run"},
+    "bench": {
+        *("errors", "recipe", "data", "model", "lowprec", "parallel", "report", "report.compare", "report.plan"),
+        *("run", "train"),
+    },
+    "train": {"errors", "recipe", "data", "model", "lowprec", "parallel", "report", "report.plan", "run"},
 }
 ONLY_IN = {"transformer_engine": {"lowprec/te.py"}, "deepspeed": {"lowprec/zero.py"}, "pydantic": {"recipe.py"}}
 

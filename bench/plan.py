@@ -1,0 +1,211 @@
+"""Plans against runs on this machine: bytes and seconds of a step that were predicted, over those that were measured.
+
+Every layout is planned as `train.py --plan --gpu cpu` does, with rates that its ranks measure together, in turns with
+the steps, and trained by the code of a run (run/local.py, the engine, the pipeline), in eager mode. Bytes are the most that live
+tensors hold during a step: a dispatch mode sees every operation, notes the storages that it makes and, through weak
+references, when they die; a storage counts once. On one rank the CPU allocator's own records (torch.profiler) are a
+second witness. Seconds are the median of the steps after the first two, without either.
+
+    LAYOUT_bytes, LAYOUT_seconds                predicted over measured
+    LAYOUT_mib, LAYOUT_step_ms                  measured
+    LAYOUT_allocator_mib                        measured by the allocator (one rank only)
+
+    python -m bench.plan [--layouts NAME ...] [--steps N] [--json FILE|-]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import train
+from bench.common import Figures, on_ranks, parser, report
+from data.stream import Batch
+from parallel.mesh import build_mesh
+from recipe import Recipe, load
+from report.flops import faster_gemm
+from report.plan.calibrate import measure_cpu, together
+from report.plan.hardware import GPUS
+from report.plan.plan import Planner
+from run.environment import keep_memory
+from run.local import DTYPES, Local, build_local, initial_weights
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """ranks of one thread each; or one rank of all threads."""
+
+    recipe: str
+    ranks: int
+    overrides: tuple[str, ...] = ()
+
+
+TP, PP = "parallel.tp=2", "parallel.pp=2"
+LAYOUTS = {
+    "alone": Case("bf16_10m", 1),
+    "alone_nvfp4_recompute": Case("nvfp4_10m", 1, ("model.recompute=full",)),
+    "alone_mxfp8_selective": Case("mxfp8_10m", 1, ("model.recompute=selective",)),
+    "dp2_zero1": Case("mxfp8_10m", 2, ("zero.stage=1", "train.micro_batch=4")),
+    "dp2_zero2": Case("bf16_10m", 2, ("zero.stage=2", "train.micro_batch=4")),
+    "tp2_sp": Case("nvfp4_10m", 2, (TP, "parallel.sp=true", "train.micro_batch=4")),
+    "pp2": Case("bf16_10m", 2, (PP, "train.micro_batch=2")),
+    "tp2_pp2_lean": Case(
+        "nvfp4_lean_10m", 4, (TP, PP, "model.hidden_size=512", "model.ffn_size=1024", "train.micro_batch=2")
+    ),
+}
+
+
+class Storages(TorchDispatchMode):
+    """Bytes of storages that operations have made since it was entered, and that are alive; their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.device.type == "cpu":
+                self._hold(leaf.untyped_storage())
+        return result
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+class Rehearsal:
+    """The step of a run, on random tokens."""
+
+    def __init__(self, recipe: Recipe, gemm_dtype: torch.dtype) -> None:
+        self.recipe, self.mesh = recipe, build_mesh(recipe.parallel)
+        self.local: Local = build_local(recipe, self.mesh, CPU, gemm_dtype)
+        self.local.engine.fill_weights(initial_weights(recipe))
+
+    def _batches(self) -> Iterator[tuple[int, Batch]]:
+        sizes = self.recipe.train
+        tokens = torch.randint(self.recipe.model.vocab_size, (sizes.global_batch // self.mesh.dp, sizes.seq_len + 1))
+        for i, rows in enumerate(tokens.split(sizes.micro_batch)):
+            yield i * sizes.micro_batch * sizes.seq_len, Batch(rows[:, :-1], rows[:, 1:], None, None)
+
+    def step(self, step: int) -> float:
+        """Seconds of one step."""
+        local, batches = self.local, list(self._batches())
+        dist.barrier()
+        start = time.perf_counter()
+        local.precision.begin_step(step)
+        if local.pipeline is not None:
+            local.pipeline.step(iter(batches))
+        else:
+            for row, batch in batches:
+                local.precision.at(row)
+                local.engine.backward(local.engine(batch.tokens, batch.labels, None, None).loss)
+        local.engine.step(1e-4)
+        local.precision.end_step(self.mesh.stage_group)
+        dist.barrier()
+        return time.perf_counter() - start
+
+
+def measure(rank: int, options: argparse.Namespace) -> Figures:
+    """One layout on the ranks of the default group: a run's bytes, then the machine and the run's seconds in turns."""
+    keep_memory()
+    case: Case = options.case
+    recipe: Recipe = options.recipe_of_case
+    tracker = Storages()
+    with tracker:
+        run = Rehearsal(recipe, options.gemm_dtype)
+        run.step(0)
+        tracker.peak = tracker.live
+        run.step(1)
+    machines, seconds = [], []
+    for step in range(options.steps):  # in turns, so that a slow moment meets both
+        machines.append(measure_cpu([options.units], recipe.optimizer))
+        seconds.append(run.step(2 + step))
+    everyone: list[Any] = [None] * case.ranks
+    dist.all_gather_object(everyone, tracker.peak)
+    found: dict[str, Any] = {"machine": together(machines), "peak": max(everyone), "took": statistics.median(seconds)}
+    if case.ranks == 1:
+        found["allocated"] = _allocated(recipe, options.gemm_dtype)
+    return found
+
+
+def compare(case: Case, options: argparse.Namespace) -> Figures:
+    """What was planned over what was measured."""
+    recipe = load(case.recipe, (*case.overrides, "train.compile=false"), case.ranks)
+    gemm_dtype = faster_gemm(DTYPES[recipe.model.dtype], CPU)
+    planner = Planner(recipe, GPUS["h100"], case.ranks, gemm_dtype)  # the machine is not known yet
+    options.case, options.recipe_of_case, options.gemm_dtype = case, recipe, gemm_dtype
+    options.units = planner.units(recipe, ())
+    found: dict[str, Any] = on_ranks(measure, case.ranks, 1, options)
+    planner.machine = found["machine"]
+    plan = planner.plan(recipe, case.ranks)
+    figures: Figures = {
+        "bytes": plan.fullest.peak / found["peak"],
+        "seconds": plan.step.seconds / found["took"],
+        "mib": found["peak"] / 2**20,
+        "step_ms": 1e3 * found["took"],
+        "planned_mib": plan.fullest.peak / 2**20,
+        "planned_ms": 1e3 * plan.step.seconds,
+    }
+    figures |= {f"planned_{name.replace(' ', '_')}_ms": 1e3 * s for name, s in plan.step.parts.items()}
+    if "allocated" in found:
+        figures["allocator_mib"] = found["allocated"] / 2**20
+    return figures
+
+
+def _allocated(recipe: Recipe, gemm_dtype: torch.dtype) -> int:
+    """The same peak from the allocator's records of a run from its beginning."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run = Rehearsal(recipe, gemm_dtype)
+        run.step(0)
+        begin = time.time_ns()
+        run.step(1)
+    live = peak = 0
+    assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
+    records = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for record in sorted(records, key=lambda e: e.start_ns()):
+        live += record.nbytes()
+        if record.start_ns() >= begin:
+            peak = max(peak, live)
+    return peak
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="NAME")
+    made.add_argument("--steps", type=int, default=5)
+    options = made.parse_args()
+    train.read_launch()  # sets what DeepSpeed insists on
+    figures: Figures = {}
+    for name in options.layouts:
+        for key, value in compare(LAYOUTS[name], options).items():
+            figures[f"{name}_{key}"] = value
+    report(figures, options.json)
+
+
+if __name__ == "__main__":
+    main()

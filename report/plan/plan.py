@@ -1,0 +1,186 @@
+"""A plan: what a layout holds, computes, sends and takes on a machine. `Planner` makes it; search.py tries many."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from recipe import Recipe
+from report.flops import Peak
+from report.plan.costs import Pricing, Share, flops_by_precision
+from report.plan.fusion import compiled
+from report.plan.hardware import Machine
+from report.plan.layout import Layout, lay_out
+from report.plan.memory import RankBytes, Setting, rank_bytes
+from report.plan.steps import StepTime, Updating, step_time
+from report.plan.traffic import Links
+from report.plan.units import RECOMPUTES, Recompute, Unit, Units, View, trace_units, view_of
+from report.plan.updates import updating
+from run.local import DTYPES, should_compile
+
+DAY_S = 86400.0
+
+
+@dataclass(frozen=True)
+class Utilization:
+    """Model FLOP/s of one device over a peak; `refused` says why it is not reported."""
+
+    peak: Peak
+    value: float | None
+    refused: str | None
+
+    @classmethod
+    def of(cls, flops_per_s: float, peak: Peak) -> Utilization:
+        refused = peak.refuted_by(flops_per_s)
+        return cls(peak, None if refused else flops_per_s / peak.flops, refused)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one layout.
+
+    ranks:    bytes of every pipeline rank
+    shares:   FLOPs of a step by GEMM leg, operands and what they are multiplied as
+    native:   whether quantized GEMMs are taken to run in native kernels
+    compiled: whether blocks are taken to be compiled
+    """
+
+    layout: Layout
+    machine: Machine
+    ranks: tuple[RankBytes, ...]
+    step: StepTime
+    shares: tuple[Share, ...]
+    native: bool
+    compiled: bool
+
+    @property
+    def fullest(self) -> RankBytes:
+        return max(self.ranks, key=lambda rank: rank.peak)
+
+    @property
+    def limit(self) -> float:
+        """Bytes of a device that tensors may take; ranks that share one divide it."""
+        sharing = self.layout.per_node if self.machine.cores else 1
+        return self.machine.memory * self.machine.usable / sharing
+
+    @property
+    def fits(self) -> bool:
+        return self.fullest.peak <= self.limit
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all devices together."""
+        return self.layout.tokens_per_step / self.step.seconds
+
+    @property
+    def flops_per_second(self) -> float:
+        """Model FLOP/s of one device: recomputation does not count."""
+        recipe = self.layout.recipe
+        return self.tokens_per_second * recipe.model.flops_per_token(recipe.train.seq_len) / self.layout.world
+
+    @property
+    def days(self) -> float:
+        """Until the last step of the recipe, without stops, saves and validations."""
+        return self.layout.recipe.train.steps * self.step.seconds / DAY_S
+
+    def utilizations(self) -> dict[str, Utilization]:
+        """MFU against the BF16 peak, against the peak of this mix of precisions, and against the fastest of them."""
+        machine, total = self.machine, sum(share.flops for share in self.shares)
+        ideal = sum(share.flops / machine.peaks[share.element] for share in self.shares)
+        fastest = max((share.element for share in self.shares), key=lambda element: machine.peaks[element])
+        bf16, recipe = machine.peak("bf16"), machine.peak(fastest)
+        mixed = Peak(total / ideal, f"mix of {_mix(self.shares)}, {recipe.source.split(', ', 1)[1]}", recipe.guessed)
+        found = {"BF16 peak": bf16, "mixed peak": mixed, "recipe peak": recipe}
+        return {name: Utilization.of(self.flops_per_second, peak) for name, peak in found.items()}
+
+
+def _mix(shares: tuple[Share, ...]) -> str:
+    total, elements = sum(share.flops for share in shares), dict.fromkeys(share.element for share in shares)
+    parts = {e: sum(share.flops for share in shares if share.element == e) / total for e in elements}
+    return ", ".join(f"{100 * part:.0f} % {element.upper()}" for element, part in parts.items())
+
+
+class Planner:
+    """Plans layouts of one recipe on one machine; traces are kept, so that another layout costs little.
+
+    recipe:   any layout of it: its own degrees are those of `plan`'s argument
+    machine:  for what `measured` returns None, or a GPU
+    """
+
+    def __init__(self, recipe: Recipe, machine: Machine, per_node: int, gemm_dtype: torch.dtype | None = None) -> None:
+        self.machine, self.per_node = machine, per_node
+        self.gemm_dtype = DTYPES[recipe.model.dtype] if gemm_dtype is None else gemm_dtype
+        self._traced: dict[tuple[View, Recompute], Units] = {}
+        self._fused: dict[int, Unit] = {}
+        self._pricings: dict[tuple[int, int], Pricing] = {}
+        self._updating: Updating | None = None
+
+    def units(self, recipe: Recipe, recomputes: tuple[Recompute, ...] = RECOMPUTES) -> Units:
+        """The traces of a recipe's own layout. Raises UsageError where its policy does not fit the model."""
+        view, wanted = view_of(recipe, self.gemm_dtype), recipe.model.recompute
+        if (view, wanted) not in self._traced:
+            missing = [r for r in dict.fromkeys((wanted, *recomputes)) if (view, r) not in self._traced]
+            for recompute, units in trace_units(recipe, view, missing).items():
+                self._traced[view, recompute] = units
+        return self._traced[view, wanted]
+
+    def plan(self, recipe: Recipe, world: int, *, timed: bool = True, recomputes: tuple[Recompute, ...] = ()) -> Plan:
+        """Of a recipe that is valid on `world` ranks."""
+        layout, units = lay_out(recipe, world, self.per_node), self.units(recipe, recomputes)
+        native = recipe.precision.backend != "emulate" and not self.machine.cores
+        fused = self.compiles(recipe)
+        if fused:
+            units = self._compiled(units)
+        if self._updating is None:
+            self._updating = updating(self.machine, recipe.optimizer)
+        setting = Setting(
+            machine=self.machine,
+            native=native,
+            gemm_width=self.gemm_dtype.itemsize,
+            on_gpu=not self.machine.cores,
+            costs=self._updating.costs,
+        )
+        ranks = tuple(rank_bytes(layout, units, setting, rank) for rank in range(layout.pp))
+        links = Links.of(layout, self.machine)
+        pricing = self._pricing(links, layout, native)
+        step = step_time(layout, units, pricing, links, self._updating) if timed else StepTime({"not timed": float("nan")}, {}, 0.0, ())
+        train, model = recipe.train, recipe.model
+        tokens = layout.tokens_per_step
+        shares = flops_by_precision(
+            units.linears,
+            tokens,
+            model.flops_per_token(train.seq_len),
+            pricing,
+            width=DTYPES[model.dtype].itemsize,
+        )
+        return Plan(layout, self.machine, ranks, step, tuple(shares), native, fused)
+
+    def compiles(self, recipe: Recipe) -> bool:
+        """Whether a run there would compile its blocks."""
+        return should_compile(recipe, torch.device("cpu" if self.machine.cores else "cuda"))
+
+    def _pricing(self, links: Links, layout: Layout, native: bool) -> Pricing:
+        key = (layout.tp, links.tensor.here)
+        if key not in self._pricings:
+            self._pricings[key] = Pricing(self.machine, native, links.tensor)
+        return self._pricings[key]
+
+    def _compiled(self, units: Units) -> Units:
+        """The same with blocks and loss compiled; the embedding is not."""
+        for unit in (*units.blocks, units.last):
+            if id(unit) not in self._fused:
+                self._fused[id(unit)] = compiled(unit)
+        blocks = tuple(self._fused[id(unit)] for unit in units.blocks)
+        return replace(units, blocks=blocks, last=self._fused[id(units.last)])
+
+
+def activations(planner: Planner, recipe: Recipe, world: int) -> Mapping[Recompute, int]:
+    """The most that forwards keep on any rank, for each kind of recomputation."""
+    found: dict[Recompute, int] = {}
+    for recompute in RECOMPUTES:
+        other = replace(recipe, model=replace(recipe.model, recompute=recompute))
+        plan = planner.plan(other, world, timed=False, recomputes=RECOMPUTES)
+        found[recompute] = max(rank.activations for rank in plan.ranks)
+    return found
