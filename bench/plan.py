@@ -1,10 +1,10 @@
 """Plans against runs on this machine: bytes and seconds of a step that were predicted, over those that were measured.
 
 Every layout is planned as `train.py --plan --gpu cpu` does, with rates that its ranks measure together, in turns with
-the steps, and trained by the code of a run (run/local.py, the engine, the pipeline), in eager mode. Bytes are the most that live
-tensors hold during a step: a dispatch mode sees every operation, notes the storages that it makes and, through weak
-references, when they die; a storage counts once. On one rank the CPU allocator's own records (torch.profiler) are a
-second witness. Seconds are the median of the steps after the first two, without either.
+the steps, and trained by the code of a run (run/local.py, the engine, the pipeline), in eager mode, on one thread a
+rank. Bytes are the most that live tensors hold during a step: a dispatch mode sees every operation, notes the storages
+that it makes and, through weak references, when they die; a storage counts once. On one rank the CPU allocator's own
+records (torch.profiler) are a second witness. Seconds are the median of the steps after the first two, without either.
 
     LAYOUT_bytes, LAYOUT_seconds                predicted over measured
     LAYOUT_mib, LAYOUT_step_ms                  measured
@@ -47,7 +47,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Case:
-    """ranks of one thread each; or one rank of all threads."""
+    """A recipe on so many ranks."""
 
     recipe: str
     ranks: int

@@ -229,7 +229,8 @@ class LowPrecisionLinear(nn.Module):
         words, place = [], (self.weight.dtype, self.weight.device.type)
         for side in ("a", "b"):
             spec, axis = self.specs[f"{gemm}.{side}"], SLOT_AXES[f"{gemm}.{side}"][1]
-            words.append("high" if spec is None else f"{spec.element} ({self.shared.quantizers.path(spec, axis, *place)})")
+            path = "" if spec is None else self.shared.quantizers.path(spec, axis, *place)
+            words.append("high" if spec is None else f"{spec.element} ({path})")
         self.shared.counts[gemm, words[0], words[1], product] += 1
         self.ran.add(gemm)
 

@@ -56,13 +56,16 @@ def measure_cpu(traced: Iterable[Units], optimizer: OptimizerConfig, group: dist
         for name, pairs in _passes().items():
             rates.setdefault(name, []).extend(pairs)
         rates["update"] = [(ELEMENTS, _update_rate(optimizer))]
-        latency = 0.0
-        if dist.is_initialized() and dist.get_world_size(group) > 1:
+        threads, ranks = torch.get_num_threads(), dist.get_world_size(group) if dist.is_initialized() else 1
+        cores = max(1, len(os.sched_getaffinity(0)) // threads)
+        sharing = max(1.0, ranks / cores)  # what was measured by more ranks than cores is a share of a core's rate
+        rates = {name: [(size, rate * sharing) for size, rate in pairs] for name, pairs in rates.items()}
+        launch, latency = _launch() / sharing, 0.0
+        if ranks > 1:
             links, latency = _links(group)
             rates |= links
     gemm = max((rate for name, pairs in rates.items() if name.startswith("gemm/") for _, rate in pairs), default=1e9)
     copy = max(rate for _, rate in rates["copy/4"])
-    threads = torch.get_num_threads()
     source = f"measured on {cpu_name()}, {threads} thread{'s' * (threads > 1)} a rank"
     return Machine(
         name="cpu",
@@ -73,11 +76,11 @@ def measure_cpu(traced: Iterable[Units], optimizer: OptimizerConfig, group: dist
         intra=copy / 2,
         inter=copy / 2,
         latency=latency,
-        launch=_launch(),
+        launch=launch,
         attained_gemm=1.0,
         attained_memory=1.0,
         rates=rates,
-        cores=max(1, len(os.sched_getaffinity(0)) // threads),
+        cores=cores,
         sources=dict.fromkeys(("peaks", "memory", "bandwidth", "intra", "attained_gemm", "attained_memory"), source),
     )
 

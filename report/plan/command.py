@@ -1,7 +1,7 @@
 """`train.py --recipe NAME --plan`: what its options mean, and what it prints.
 
-Exit code 0 where the recipe's layout fits, 1 where it is refused or does not fit (suggestions are printed all the same),
-2 for a wrong option or recipe.
+Exit code 0 where the recipe's layout fits; 1 where it is refused or does not fit (suggestions are printed all the
+same); 2 for a wrong option or recipe.
 """
 
 from __future__ import annotations

@@ -152,7 +152,8 @@ def flops_by_precision(
             element = pricing.element(a, b) if a or b else plain
             found[leg, a, b, element] += 2 * linear.whole * tokens
     rest = total * tokens - sum(found.values())
-    shares = [Share(*key, float(count)) for key, count in sorted(found.items(), key=lambda pair: str(pair[0]))]
+    in_order = sorted(found.items(), key=lambda pair: LEGS.index(pair[0][0]))
+    shares = [Share(*key, float(count)) for key, count in in_order]
     return [*shares, Share("attention, scan, tied logits", None, None, plain, rest)] if rest > 0 else shares
 
 

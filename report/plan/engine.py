@@ -71,8 +71,7 @@ class Engine:
     def moments(self) -> dict[str, int]:
         """Reduction, update, gathering: bytes beside what is held."""
         owned = [count for _, count in self.flat.fragments()]
-        width = self._width if self._stage == 2 else 4 if self._width == 4 else self._width
-        mine, largest = width * sum(owned), max(owned, default=0)
+        mine, largest = self._width * sum(owned), max(owned, default=0)
         decoded = 0 if self._width == 4 else 4 * largest
         found = {"reduction": self._reduction(mine)}
         found["update"] = mine + decoded + int(max(self.costs.norm, self.costs.update) * largest)
@@ -81,8 +80,9 @@ class Engine:
 
     def buckets(self) -> Iterator[tuple[Reduction, ...]]:
         recipe = self.layout.recipe
-        order = self.parameters if self._stage < 2 and not self.overlap else list(reversed(self.parameters))
-        if self._stage < 2 and not self.overlap:  # group by group, as the flat buffers
+        if self._stage == 2 or self.overlap:  # as gradients come
+            order = list(reversed(self.parameters))
+        else:  # after the backward, group by group
             order = [p for group in self.flat.groups for p in group.parameters]
         limit = min(recipe.zero.reduce_bucket, self.flat.elements)
         return reductions(self.flat, order, limit, parse_payload(recipe.gradients.payload))

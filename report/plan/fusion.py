@@ -3,10 +3,10 @@
     level   how many GEMMs, attentions, quantizers or collectives an operation has to wait for, one after the other
     kernel  all pointwise operations, reductions and copies of one level
 
-Inside a kernel nothing is read or written; a kernel reads what comes from elsewhere once, and writes what other kernels,
-GEMMs or the backward read. What a backward would read of a kernel's results is computed again where the kernel's inputs
-are fewer bytes (the partitioner of AOTAutograd minimizes the same). Real kernels split long reductions and spill, so
-this is a bound from below, on time and on bytes.
+Inside a kernel nothing is read or written; a kernel reads what comes from elsewhere once, and writes what other
+kernels, GEMMs or the backward read. What a backward would read of a kernel's results is computed again where the
+kernel's inputs are fewer bytes (the partitioner of AOTAutograd minimizes the same). Real kernels split long reductions
+and spill, so this is a bound from below, on time and on bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from report.plan.trace import Op, Phase, Touched
+from report.plan.trace import Op, Phase
 from report.plan.units import Unit
 
 FUSED = frozenset({"pointwise", "transcendental", "reduction", "copy"})
@@ -129,7 +129,7 @@ def _peak(ops: Sequence[Op], flow: _Flow, start: Mapping[int, int], end: frozens
     return most
 
 
-def compiled(unit: Unit, output: Touched = ()) -> Unit:
+def compiled(unit: Unit) -> Unit:
     """The part as torch.compile would run it. A split backward's weight gradients stay as they are."""
     forward, backward = unit.forward, unit.backward
     given = frozenset(number for op in forward.ops for number, _ in op.reads)
@@ -138,7 +138,7 @@ def compiled(unit: Unit, output: Touched = ()) -> Unit:
     kept = _kept(forward, there, given)
     there = _flow(forward.ops, frozenset(kept))
     back = _flow(backward.ops, backward.alive)
-    total, more = sum(kept.values()), backward.kept
+    total = sum(kept.values())
     return replace(
         unit,
         forward=replace(
@@ -151,6 +151,5 @@ def compiled(unit: Unit, output: Touched = ()) -> Unit:
             backward,
             ops=_fused(backward.ops, back),
             peak=min(backward.peak, _peak(backward.ops, back, kept, backward.alive)),
-            kept=more,
         ),
     )

@@ -44,7 +44,7 @@ class Machine:
     attained_gemm, attained_memory: shares of peaks and of bandwidth that are counted on
     rates:     measured only: kinds of operations -> (bytes or FLOPs of one, bytes/s or FLOP/s) at some sizes
                (report/plan/calibrate.py)
-    cores:     measured only: processes that compute at the same time; ranks beyond them share. 0: every rank has its own
+    cores:     measured only: processes that compute at the same time; ranks beyond them share. 0: each has its own
     sources:   field -> where its value is from; `guessed`, if nowhere
     """
 
@@ -124,6 +124,7 @@ def _gpu(
 
 _FP8 = {"fp8": 2.0}
 _FP4 = {"fp8": 2.0, "fp6": 2.0, "fp4": 4.0}
+_ULTRA = _FP4 | {"fp4": 6.0}
 
 GPUS: Mapping[str, Machine] = MappingProxyType(
     {
@@ -139,15 +140,15 @@ GPUS: Mapping[str, Machine] = MappingProxyType(
             _gpu("gh200", "NVIDIA GH200", _NVIDIA + "grace-hopper-superchip/", _FP8, 67, 96, 4.0, 450, native=HOPPER),
             _gpu("b200", "NVIDIA B200", _NVIDIA + "hgx/", _FP4, 75, 180, 7.7, 900, native=BLACKWELL, turns=True),
             _gpu(
-                "b300", "NVIDIA B300", _NVIDIA + "hgx/", _FP4 | {"fp4": 6.0}, 77, 270, 7.7, 900, native=BLACKWELL, turns=True,
+                "b300", "NVIDIA B300", _NVIDIA + "hgx/", _ULTRA, 77, 270, 7.7, 900, native=BLACKWELL, turns=True,
                 inter=100e9,
             ),
             _gpu(
-                "gb200", "NVIDIA GB200", _NVIDIA + "gb200-nvl72/", _FP4, 80, 186, 8.0, 900, native=BLACKWELL, turns=True,
-                domain=72,
+                "gb200", "NVIDIA GB200", _NVIDIA + "gb200-nvl72/", _FP4, 80, 186, 8.0, 900, native=BLACKWELL,
+                turns=True, domain=72,
             ),
             _gpu(
-                "gb300", "NVIDIA GB300", _NVIDIA + "gb300-nvl72/", _FP4 | {"fp4": 6.0}, 80, 279, 8.0, 900, native=BLACKWELL,
+                "gb300", "NVIDIA GB300", _NVIDIA + "gb300-nvl72/", _ULTRA, 80, 279, 8.0, 900, native=BLACKWELL,
                 turns=True, domain=72, inter=100e9,
             ),
             _gpu("l40s", "NVIDIA L40S", _NVIDIA + "l40s/", _FP8, 91.6, 48, 0.864, 32, native=HOPPER, inter=12.5e9),

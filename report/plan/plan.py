@@ -145,7 +145,11 @@ class Planner:
         ranks = tuple(rank_bytes(layout, units, setting, rank) for rank in range(layout.pp))
         links = Links.of(layout, self.machine)
         pricing = self._pricing(links, layout, native)
-        step = step_time(layout, units, pricing, links, self._updating) if timed else StepTime({"not timed": float("nan")}, {}, 0.0, ())
+        step = (
+            step_time(layout, units, pricing, links, self._updating)
+            if timed
+            else StepTime({"not timed": float("nan")}, {}, 0.0, ())
+        )
         train, model = recipe.train, recipe.model
         tokens = layout.tokens_per_step
         shares = flops_by_precision(

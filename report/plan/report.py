@@ -216,6 +216,5 @@ def _plan_dict(plan: Plan) -> dict[str, Any]:
 
 
 _NOTHING: Mapping[str, None] = dict.fromkeys(
-    ("layout", "fits", "bytes_per_rank", "bytes_by_kind", "tokens_per_second", "step_seconds", "bubble", "days", "flops",
-     "mfu", "traffic")
-)  # fmt: skip
+    "layout fits bytes_per_rank bytes_by_kind tokens_per_second step_seconds bubble days flops mfu traffic".split()
+)

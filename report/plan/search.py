@@ -106,8 +106,8 @@ def _least_recomputation(planner: Planner, world: int, changed: Recipe) -> tuple
 
 
 def _degrees_of(recipe: Recipe, tp: int, pp: int, stage: Stage) -> Recipe:
-    """The recipe with other degrees. Sequence parallelism comes with tensor parallelism unless the recipe has the latter
-    without; what belongs to a pipeline goes with it."""
+    """The recipe with other degrees. Sequence parallelism comes with tensor parallelism, unless the recipe has the
+    latter without; what belongs to a pipeline goes with it."""
     own = recipe.parallel
     sp = tp > 1 and (own.sp or own.tp == 1)
     same = pp == own.pp

@@ -16,7 +16,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from report.plan.copies import kind_of, packed_shapes
 
 Touched = tuple[tuple[int, int], ...]  # (number of a tensor's storage, bytes of it), ...
 
+# What operations are like, by their names in ATen; an operation that is not named is pointwise.
 _NAMES = {
     "gemm": "mm addmm bmm baddbmm",
     "attention": "_scaled_dot_product_flash_attention_for_cpu",
@@ -41,8 +42,11 @@ _NAMES = {
     ),
     "reduction": "sum mean amax max any all cumsum linalg_vector_norm native_layer_norm native_layer_norm_backward",
     "gather": "embedding embedding_dense_backward gather index",
-    "copy": "_to_copy copy clone scatter scatter_add index_put cat stack constant_pad_nd slice_backward select_backward fill zero repeat flip "
-    "masked_fill arange full full_like zeros zeros_like ones ones_like new_zeros new_ones new_full scalar_tensor tril",
+    "copy": (
+        "_to_copy copy clone cat stack constant_pad_nd repeat flip tril slice_backward select_backward scatter "
+        "scatter_add index_put masked_fill fill zero arange full full_like zeros zeros_like ones ones_like new_zeros "
+        "new_ones new_full scalar_tensor"
+    ),
     "free": "_unsafe_view empty empty_like empty_strided new_empty new_empty_strided lift_fresh set_ resize",
 }
 _KINDS = {name: kind for kind, names in _NAMES.items() for name in names.split()}
@@ -106,16 +110,13 @@ class Phase:
     alive: frozenset[int] = frozenset()
 
 
-@dataclass
 class Trace(TorchDispatchMode):
     """Active within `with`, inside a FakeTensorMode. Tensors given to `known` are not counted."""
 
-    ops: list[Op] = field(default_factory=list)
-    live: int = 0
-    peak: int = 0
-
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        self.ops: list[Op] = []
+        self.live = self.peak = 0
         self._numbers: dict[int, int] = {}  # id of a storage's C++ object, while it lives -> its number
         self._sizes: dict[int, int] = {}  # number -> bytes counted, while it lives
         self._next = 0

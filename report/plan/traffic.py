@@ -1,4 +1,4 @@
-"""What ranks send each other in a step: by kind, group and payload, within nodes and between them, and how long it takes.
+"""What ranks send each other in a step, by kind, group and payload, within nodes and between them; and its seconds.
 
     kind              bytes that a rank sends of b that it gives      of those, between N nodes (m members on each)
     all_reduce        2 b (n - 1) / n                                 2 b (N - 1) / N / m       rings over all links

@@ -1,7 +1,7 @@
 """What the optimizer's step costs for one element: its seconds and its temporary bytes.
 
-On a CPU one fused kernel does it, whose rate is measured. On a GPU lowprec/adamw.py runs in plain torch: it is traced as
-the model is.
+On a CPU one fused kernel does it, whose rate is measured. On a GPU lowprec/adamw.py runs in plain torch: it is traced
+as the model is.
 """
 
 from __future__ import annotations
