@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +20,7 @@ from report.plan.updates import updating
 from run.local import DTYPES, should_compile
 
 DAY_S = 86400.0
+NOT_TIMED = StepTime({"not timed": float("nan")}, {}, 0.0, ())
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,9 @@ def _mix(shares: tuple[Share, ...]) -> str:
 class Planner:
     """Plans layouts of one recipe on one machine; traces are kept, so that another layout costs little.
 
-    recipe:   any layout of it: its own degrees are those of `plan`'s argument
-    machine:  for what `measured` returns None, or a GPU
+    recipe:     of which layouts are planned; they differ in parallel, zero and model.recompute alone
+    per_node:   devices of a node
+    gemm_dtype: what the emulation multiplies exact operands in; None: the model's
     """
 
     def __init__(self, recipe: Recipe, machine: Machine, per_node: int, gemm_dtype: torch.dtype | None = None) -> None:
@@ -127,39 +128,22 @@ class Planner:
         return self._traced[view, wanted]
 
     def plan(self, recipe: Recipe, world: int, *, timed: bool = True, recomputes: tuple[Recompute, ...] = ()) -> Plan:
-        """Of a recipe that is valid on `world` ranks."""
-        layout, units = lay_out(recipe, world, self.per_node), self.units(recipe, recomputes)
-        native = recipe.precision.backend != "emulate" and not self.machine.cores
-        fused = self.compiles(recipe)
-        if fused:
+        """Of a recipe that is valid on `world` ranks. timed: else bytes alone; recomputes: traced, too."""
+        machine, layout = self.machine, lay_out(recipe, world, self.per_node)
+        units, compiles = self.units(recipe, recomputes), self.compiles(recipe)
+        if compiles:
             units = self._compiled(units)
         if self._updating is None:
-            self._updating = updating(self.machine, recipe.optimizer)
-        setting = Setting(
-            machine=self.machine,
-            native=native,
-            gemm_width=self.gemm_dtype.itemsize,
-            on_gpu=not self.machine.cores,
-            costs=self._updating.costs,
-        )
+            self._updating = updating(machine, recipe.optimizer)
+        native = recipe.precision.backend != "emulate" and not machine.cores
+        setting = Setting(machine, native, self.gemm_dtype.itemsize, not machine.cores, self._updating.costs)
         ranks = tuple(rank_bytes(layout, units, setting, rank) for rank in range(layout.pp))
-        links = Links.of(layout, self.machine)
+        links = Links.of(layout, machine)
         pricing = self._pricing(links, layout, native)
-        step = (
-            step_time(layout, units, pricing, links, self._updating)
-            if timed
-            else StepTime({"not timed": float("nan")}, {}, 0.0, ())
-        )
-        train, model = recipe.train, recipe.model
-        tokens = layout.tokens_per_step
-        shares = flops_by_precision(
-            units.linears,
-            tokens,
-            model.flops_per_token(train.seq_len),
-            pricing,
-            width=DTYPES[model.dtype].itemsize,
-        )
-        return Plan(layout, self.machine, ranks, step, tuple(shares), native, fused)
+        step = step_time(layout, units, pricing, links, self._updating) if timed else NOT_TIMED
+        per_token, width = recipe.model.flops_per_token(recipe.train.seq_len), DTYPES[recipe.model.dtype].itemsize
+        shares = flops_by_precision(units.linears, layout.tokens_per_step, per_token, pricing, width=width)
+        return Plan(layout, machine, ranks, step, tuple(shares), native, compiles)
 
     def compiles(self, recipe: Recipe) -> bool:
         """Whether a run there would compile its blocks."""
@@ -178,13 +162,3 @@ class Planner:
                 self._fused[id(unit)] = compiled(unit)
         blocks = tuple(self._fused[id(unit)] for unit in units.blocks)
         return replace(units, blocks=blocks, last=self._fused[id(units.last)])
-
-
-def activations(planner: Planner, recipe: Recipe, world: int) -> Mapping[Recompute, int]:
-    """The most that forwards keep on any rank, for each kind of recomputation."""
-    found: dict[Recompute, int] = {}
-    for recompute in RECOMPUTES:
-        other = replace(recipe, model=replace(recipe.model, recompute=recompute))
-        plan = planner.plan(other, world, timed=False, recomputes=RECOMPUTES)
-        found[recompute] = max(rank.activations for rank in plan.ranks)
-    return found

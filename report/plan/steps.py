@@ -19,6 +19,8 @@ from report.plan.partition import Parameter, partition
 from report.plan.traffic import Links, Transfer, gradient_bytes, tensor_traffic, transfer, weights_given
 from report.plan.units import Unit, Units
 
+TIED = "gradients of tied embeddings"
+
 
 @dataclass(frozen=True)
 class Updating:
@@ -69,12 +71,13 @@ def step_time(layout: Layout, units: Units, pricing: Pricing, links: Links, upda
     if layout.recipe.zero.stage == 3:
         transfers += _fetches(layout, parameters_of(0, layout, units), links, times[0])
     scale = max(1.0, layout.world / machine.cores) if machine.cores else 1.0
-    local = {name: scale * max(rank.local()[name] for rank in ranks) for name in ("reduction", "update", "gathering")}
+    each = [rank.local() for rank in ranks]
+    local = {name: scale * max(here[name] for here in each) for name in ("reduction", "update", "gathering")}
     found = {
         "weights quantized": scale * max(rank.prepare() for rank in ranks),
         "micro-batches": running,
         "weights fetched": sum(t.exposed for t in transfers if t.what.startswith("weights, ")),
-        "reduction": local["reduction"] + gradients.exposed,
+        "reduction": local["reduction"] + gradients.exposed + sum(t.exposed for t in transfers if t.what == TIED),
         "update": local["update"],
         "gathering": local["gathering"] + gathers.exposed,
     }
@@ -128,15 +131,19 @@ def _busiest(layout: Layout, times: Sequence[Times]) -> int:
 
 
 def _between_stages(layout: Layout, units: Units, links: Links) -> list[Transfer]:
-    """Hidden states and their gradients of a rank in the middle: its exposed time is part of the bubble."""
+    """Hidden states and their gradients of a rank in the middle, whose exposed time is part of the bubble; and the
+    gradients of tied embeddings, of which the first and the last rank have a copy."""
+    recipe, link = layout.recipe, links.pipeline
     if layout.pp == 1:
         return []
-    each = len(stages_of(0, layout.recipe.parallel)) * layout.micro_batches
-    hidden, dtype = float(units.hidden), layout.recipe.model.dtype
+    each = len(stages_of(0, recipe.parallel)) * layout.micro_batches
+    hidden, dtype = float(units.hidden), recipe.model.dtype
     names = ("hidden states", "gradients of hidden states")
-    return [
-        transfer(name, "pipeline", "send", dtype, links.pipeline, [hidden], each, hidden=float("inf")) for name in names
-    ]
+    found = [transfer(name, "pipeline", "send", dtype, link, [hidden], each, hidden=float("inf")) for name in names]
+    if recipe.model.tied_embeddings and len(layout.blocks) - 1 not in stages_of(0, recipe.parallel):
+        (embedding,) = units.first.parameters
+        found.append(transfer(TIED, "pipeline", "all_reduce", "fp32", link, [4.0 * embedding.count]))
+    return found
 
 
 def _fetches(layout: Layout, parameters: Sequence[Parameter], links: Links, times: Times) -> list[Transfer]:
