@@ -4,10 +4,12 @@ Every layout is planned as `train.py --plan --gpu cpu` does, with rates that its
 the steps, and trained by the code of a run (run/local.py, the engine, the pipeline), in eager mode, on one thread a
 rank. Bytes are the most that live tensors hold during a step: a dispatch mode sees every operation, notes the storages
 that it makes and, through weak references, when they die; a storage counts once. On one rank the CPU allocator's own
-records (torch.profiler) are a second witness. Seconds are the median of the steps after the first two, without either.
+records (torch.profiler) are a second witness. Seconds are the median of the steps after the first two, without either,
+of the half of them in which other processes had least of the machine.
 
     LAYOUT_bytes, LAYOUT_seconds                predicted over measured
     LAYOUT_mib, LAYOUT_step_ms                  measured
+    LAYOUT_others                               share of the machine that others had meanwhile
     LAYOUT_allocator_mib                        measured by the allocator (one rank only)
 
     python -m bench.plan [--layouts NAME ...] [--steps N] [--json FILE|-]
@@ -16,11 +18,13 @@ records (torch.profiler) are a second witness. Seconds are the median of the ste
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +41,7 @@ from parallel.mesh import build_mesh
 from recipe import Recipe, load
 from report.flops import faster_gemm
 from report.plan.calibrate import measure_cpu, together
-from report.plan.hardware import GPUS
+from report.plan.hardware import GPUS, Machine
 from report.plan.plan import Planner
 from run.environment import keep_memory
 from run.local import DTYPES, Local, build_local, initial_weights
@@ -98,6 +102,39 @@ class Storages(TorchDispatchMode):
         self.live -= size
 
 
+@dataclass(frozen=True)
+class Usage:
+    """CPU seconds so far: of the whole machine, busy and at all; of the ranks here together. Linux, collective."""
+
+    busy: float
+    total: float
+    own: float
+
+    @classmethod
+    def now(cls) -> Usage:
+        own = torch.tensor(time.process_time(), dtype=torch.float64)
+        dist.all_reduce(own)
+        ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        second = os.sysconf("SC_CLK_TCK")
+        return cls((sum(ticks) - ticks[3] - ticks[4]) / second, sum(ticks) / second, float(own))
+
+    def others(self, before: Usage) -> float:
+        """Share of the machine that other processes have had since; the same on all ranks, which rank 0 decides."""
+        used = self.busy - before.busy - (self.own - before.own)
+        share = torch.tensor(max(0.0, used / (self.total - before.total)))
+        dist.broadcast(share, src=0)
+        return float(share)
+
+
+@dataclass(frozen=True)
+class Round:
+    """others: of the machine, while it was measured and while the step ran."""
+
+    others: float
+    machine: Machine
+    seconds: float
+
+
 class Rehearsal:
     """The step of a run, on random tokens."""
 
@@ -141,13 +178,21 @@ def measure(rank: int, options: argparse.Namespace) -> Figures:
         run.step(0)
         tracker.peak = tracker.live
         run.step(1)
-    machines, seconds = [], []
+    rounds: list[Round] = []
     for step in range(options.steps):  # in turns, so that a slow moment meets both
-        machines.append(measure_cpu([options.units], recipe.optimizer))
-        seconds.append(run.step(2 + step))
+        began = Usage.now()
+        machine = measure_cpu([options.units], recipe.optimizer)
+        seconds = run.step(2 + step)
+        rounds.append(Round(Usage.now().others(began), machine, seconds))
+    calm = sorted(rounds, key=lambda each: each.others)[: max(options.steps // 2, 1)]
     everyone: list[Any] = [None] * case.ranks
     dist.all_gather_object(everyone, tracker.peak)
-    found: dict[str, Any] = {"machine": together(machines), "peak": max(everyone), "took": statistics.median(seconds)}
+    found: dict[str, Any] = {
+        "machine": together([each.machine for each in calm]),
+        "peak": max(everyone),
+        "took": statistics.median(each.seconds for each in calm),
+        "others": max(each.others for each in calm),
+    }
     if case.ranks == 1:
         found["allocated"] = _allocated(recipe, options.gemm_dtype)
     return found
@@ -168,6 +213,7 @@ def compare(case: Case, options: argparse.Namespace) -> Figures:
         "seconds": plan.step.seconds / found["took"],
         "mib": found["peak"] / 2**20,
         "step_ms": 1e3 * found["took"],
+        "others": found["others"],
         "planned_mib": plan.fullest.peak / 2**20,
         "planned_ms": 1e3 * plan.step.seconds,
     }
@@ -197,7 +243,7 @@ def _allocated(recipe: Recipe, gemm_dtype: torch.dtype) -> int:
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="NAME")
-    made.add_argument("--steps", type=int, default=5)
+    made.add_argument("--steps", type=int, default=10)
     options = made.parse_args()
     train.read_launch()  # sets what DeepSpeed insists on
     figures: Figures = {}

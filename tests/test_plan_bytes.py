@@ -10,6 +10,7 @@ import torch
 from bench.plan import Rehearsal, Storages
 from lowprec import reference
 from lowprec.formats import SPECS, resolve_spec
+from lowprec.payload import parse_payload
 from lowprec.philox import RandomKey
 from lowprec.zero import partition_size
 from parallel.mesh import build_mesh
@@ -24,8 +25,9 @@ from run.dry_run import fake_group
 from run.local import place_parts, zero_plan
 from tests.spawn import run_ranks
 
+NAMES = {"a": "nvfp4", "b": "nvfp4_2d"}
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
-NVFP4 = {"fprop.b": resolve_spec("nvfp4_2d"), "dgrad.b": resolve_spec("nvfp4_2d")}
+NVFP4 = {f"{gemm}.{side}": resolve_spec(name) for gemm in ("fprop", "dgrad") for side, name in NAMES.items()}
 SMALL = (
     *("model.vocab_size=512", "model.hidden_size=64", "model.ffn_size=128", "model.num_layers=2", "model.num_heads=2"),
     *("model.num_kv_heads=2", "train.seq_len=64", "train.global_batch=8", "train.micro_batch=2", "train.compile=false"),
@@ -75,8 +77,7 @@ def test_copies_of_a_weight_by_hand():
         assert (copy.codes, copy.scales, copy.amax) == (rows * cols // 2, rows * cols // 256, 4)
     emulated = weight_copies(NVFP4, rows, cols, GPUS["h100"], native=True, gemm_width=2)
     assert list(emulated) == ["row"] and emulated["row"].codes == 2 * rows * cols  # square blocks: one copy serves both
-    tensor = dict.fromkeys(NVFP4, resolve_spec("fp8_e4m3"))
-    tensor |= {"fprop.a": resolve_spec("fp8_e4m3"), "dgrad.a": resolve_spec("fp8_e5m2")}
+    tensor = dict.fromkeys(NVFP4, resolve_spec("fp8_e4m3")) | {"dgrad.a": resolve_spec("fp8_e5m2")}
     assert list(weight_copies(tensor, rows, cols, GPUS["h100"], native=True, gemm_width=2)) == ["row", "column"]
     assert list(weight_copies(tensor, rows, cols, GPUS["b200"], native=True, gemm_width=2)) == ["row"]
 
@@ -137,16 +138,10 @@ def test_buckets_of_a_reduction_by_hand():
     flat = partition(parameters, 2)
     assert [(group.places, group.size) for group in flat.groups] == [((0, 768), 1024), ((0,), 512)]
     assert [(p.name, count) for p, count in flat.fragments()] == [("a", 512), ("c", 100)]
-    payload = resolve_payload()
+    payload = parse_payload("fp32")
     first, second = reductions(flat, parameters, 600, payload)
     assert [(r.elements, r.owned, r.sent, r.received, r.left) for r in first] == [(600, 512, 4 * 88, 2 * 4 * 512, 356)]
     assert [(r.elements, r.owned, r.sent, r.received) for r in second] == [(256, 0, 4 * 256, 0), (100, 100, 0, 800)]
-
-
-def resolve_payload():
-    from lowprec.payload import parse_payload
-
-    return parse_payload("fp32")
 
 
 def _held_and_peak(rank: int) -> dict[str, tuple[dict[str, int], int]]:

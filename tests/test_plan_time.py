@@ -15,8 +15,10 @@ from report.plan.constraints import Constraint, constraints
 from report.plan.costs import Pricing
 from report.plan.fusion import compiled
 from report.plan.hardware import GPUS, Machine
+from report.plan.layout import units_of
 from report.plan.partition import Parameter
 from report.plan.plan import Planner, Utilization
+from report.plan.steps import stage_times
 from report.plan.trace import Op, Phase, Product
 from report.plan.traffic import Link, Links
 from report.plan.units import Linear, Unit, trace_units, view_of
@@ -89,7 +91,9 @@ def test_traced_gemms_are_six_flops_a_weight_and_token_and_recomputation_two_mor
     assert sum(_flops(unit.forward, unit.backward) for unit in units.blocks) == 6 * tokens * blocks
     assert _flops(units.last.forward, units.last.backward) == 6 * tokens * head
     _, again = _units("nvfp4_10m", recompute="full")
-    assert sum(_flops(unit.forward, unit.backward) for unit in again.blocks) == 8 * tokens * blocks
+    # torch stops recomputing at the last tensor that is needed: before mlp.down of the block that stays in BF16.
+    unneeded = recipe.model.ffn_size * recipe.model.hidden_size
+    assert sum(_flops(unit.forward, unit.backward) for unit in again.blocks) == tokens * (8 * blocks - 2 * unneeded)
     assert sum(unit.forward.kept for unit in again.blocks) < sum(unit.forward.kept for unit in units.blocks) / 10
     legs = {(op.product.leg, op.product.a) for unit in units.blocks for phase in (unit.forward, unit.backward)
             for op in phase.ops if op.product is not None}  # fmt: skip
@@ -135,11 +139,9 @@ def test_a_pipeline_takes_what_its_simulation_takes():
     recipe = load("bf16_10m", ("parallel.pp=4", "train.micro_batch=1", "parallel.schedule=1f1b"), 4)
     planner = Planner(recipe, GPUS["h100"], 4)
     plan = planner.plan(recipe, 4)
-    units, links = planner._compiled(planner.units(recipe, ())), Links.of(plan.layout, GPUS["h100"])
+    units, links = planner.compiled(planner.units(recipe, ())), Links.of(plan.layout, GPUS["h100"])
     pricing = Pricing(GPUS["h100"], True, links.tensor)
-    from report.plan.steps import _stage_times, units_of
-
-    times = [_stage_times(units_of(stage, plan.layout, units), plan.layout, pricing) for stage in range(4)]
+    times = [stage_times(units_of(stage, plan.layout, units), plan.layout, pricing) for stage in range(4)]
     wait = links.pipeline.seconds("send", units.hidden)
     assert plan.step.parts["micro-batches"] == pytest.approx(simulate(recipe.parallel, 16, times, wait))
     assert 0 < plan.step.bubble < 0.5
@@ -154,11 +156,11 @@ def test_mfu_above_its_peak_is_refused():
 
 
 def test_an_fp4_run_faster_than_the_bf16_peak_has_no_mfu_against_it():
-    """A wide model whose GEMMs attain all of FP4's peak: more than the BF16 peak can explain."""
+    """Without limits of memory its GEMMs attain all of FP4's peak: more than the BF16 peak can explain."""
     wide = ("model.hidden_size=8192", "model.ffn_size=32768", "model.num_layers=2", "model.num_heads=64")
     overrides = (*wide, "model.num_kv_heads=8", "train.seq_len=2048", "train.micro_batch=4", "precision.bf16_last=0")
     recipe = load("nvfp4_10m", overrides)
-    plan = Planner(recipe, replace(GPUS["b200"], attained_gemm=1.0, attained_memory=1.0), 8).plan(recipe, 1)
+    plan = Planner(recipe, replace(GPUS["b200"], attained_gemm=1.0, bandwidth=1e16), 8).plan(recipe, 1)
     found = plan.utilizations()
     assert found["BF16 peak"].value is None and "is not reported" in (found["BF16 peak"].refused or "")
     mixed, fastest = found["mixed peak"], found["recipe peak"]

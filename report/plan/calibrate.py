@@ -215,6 +215,7 @@ def _update_rate(config: OptimizerConfig) -> float:
     return ELEMENTS / seconds_of(run)
 
 
+@torch.enable_grad()
 def _launch() -> float:
     """Seconds of an operation on next to nothing, its part in autograd included."""
     x = torch.ones(8, requires_grad=True)

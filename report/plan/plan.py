@@ -132,7 +132,7 @@ class Planner:
         machine, layout = self.machine, lay_out(recipe, world, self.per_node)
         units, compiles = self.units(recipe, recomputes), self.compiles(recipe)
         if compiles:
-            units = self._compiled(units)
+            units = self.compiled(units)
         if self._updating is None:
             self._updating = updating(machine, recipe.optimizer)
         native = recipe.precision.backend != "emulate" and not machine.cores
@@ -155,7 +155,7 @@ class Planner:
             self._pricings[key] = Pricing(self.machine, native, links.tensor)
         return self._pricings[key]
 
-    def _compiled(self, units: Units) -> Units:
+    def compiled(self, units: Units) -> Units:
         """The same with blocks and loss compiled; the embedding is not."""
         for unit in (*units.blocks, units.last):
             if id(unit) not in self._fused:

@@ -53,7 +53,7 @@ def step_time(layout: Layout, units: Units, pricing: Pricing, links: Links, upda
     """Of a layout on a machine."""
     config = layout.recipe.parallel
     parts = [units_of(stage, layout, units) for stage in range(len(layout.blocks))]
-    times = [_stage_times(each, layout, pricing) for each in parts]
+    times = [stage_times(each, layout, pricing) for each in parts]
     ranks = [_Rank(rank, layout, units, pricing, links, updating) for rank in range(layout.pp)]
     work = layout.micro_batches * sum(t.forward + t.backward_input + t.backward_weight for t in times)
     if layout.pp == 1:
@@ -93,7 +93,7 @@ def _kinds(parts: Sequence[Unit], layout: Layout, pricing: Pricing) -> dict[str,
     return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
 
-def _stage_times(parts: Sequence[Unit], layout: Layout, pricing: Pricing) -> Times:
+def stage_times(parts: Sequence[Unit], layout: Layout, pricing: Pricing) -> Times:
     """Of one micro-batch, the adding up of gradients included."""
     found = added(pricing.times(unit) for unit in parts)
     elements = sum(p.count for unit in parts for p in unit.parameters)
