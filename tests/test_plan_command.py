@@ -33,9 +33,10 @@ def test_suggestions_fit_are_sorted_and_pass_what_a_run_would_check():
 
 
 def test_recomputation_is_suggested_only_where_memory_asks_for_it():
-    recipe = load("bf16_10m", ("train.micro_batch=8",))
+    overrides = ("train.micro_batch=16", "model.vocab_size=512")  # much to recompute, few logits
+    recipe = load("bf16_10m", overrides)
     planner = Planner(recipe, GPUS["h100"], 1)
-    stages = [load("bf16_10m", ("train.micro_batch=8", f"zero.stage={stage}")) for stage in range(4)]
+    stages = [load("bf16_10m", (*overrides, f"zero.stage={stage}")) for stage in range(4)]
     fits = min(planner.plan(layout, 1, timed=False).fullest.peak for layout in stages)
     assert search(planner, recipe, 1, 1).plans[0].layout.recipe.model.recompute == "none"
     small = replace(GPUS["h100"], memory=0.95 * fits, usable=1.0)
