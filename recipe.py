@@ -27,12 +27,13 @@ from errors import UsageError
 from lowprec.gradients import GradientsConfig
 from lowprec.optim import OptimizerConfig
 from lowprec.policy import Policy, PrecisionConfig, parse
+from lowprec.probe.config import ProbeConfig
 from lowprec.zero import ZeroConfig
 from model.config import ModelConfig
 from parallel.mesh import ParallelConfig, Sizes
 from parallel.saver import CheckpointConfig, ResumeConfig
 from report.metrics import MetricsConfig
-from sections import EvalConfig, RunConfig, ScheduleConfig, TrainConfig, in_steps
+from sections import EvalConfig, RunConfig, ScheduleConfig, SpikesConfig, TrainConfig, WatchConfig, in_steps
 from strict_yaml import load_yaml, merge, override
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -65,10 +66,18 @@ class Recipe:
     resume: ResumeConfig = field(default_factory=ResumeConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    spikes: SpikesConfig = field(default_factory=SpikesConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
 
     def problems(self, world_size: int) -> list[str]:
         """Every violation, of one section or across sections, on `world_size` ranks; empty when it can run."""
-        across = (lambda: self._layout_problems(world_size), self._schedule_problems, self._storage_problems)
+        across = (
+            lambda: self._layout_problems(world_size),
+            self._schedule_problems,
+            self._storage_problems,
+            self._spike_problems,
+        )
         return self.section_problems() or [problem for find in across for problem in find()]
 
     def section_problems(self) -> list[str]:
@@ -158,6 +167,11 @@ class Recipe:
             )
         return found
 
+    def _spike_problems(self) -> list[str]:
+        if self.spikes.on_spike == "rollback" and not self.checkpoint.interval:
+            return ["spikes.on_spike is rollback, but checkpoint.interval is 0: nothing to go back to; set an interval"]
+        return []
+
     def data_phases(self) -> list[int]:
         """The sample with which each of data.phases begins: always the first one of a step."""
         train = self.train
@@ -223,7 +237,8 @@ def resolve(name: str, overrides: tuple[str, ...] = ()) -> Recipe:
     for assignment in overrides:
         tree = override(tree, assignment)
     recipe = from_dict(tree, str(path))
-    return dataclasses.replace(recipe, run=RunConfig(dir=recipe.run.dir.replace("{name}", recipe.name)))
+    run = dataclasses.replace(recipe.run, dir=recipe.run.dir.replace("{name}", recipe.name))
+    return dataclasses.replace(recipe, run=run)
 
 
 def policy_file(name: str) -> Path:

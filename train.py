@@ -6,15 +6,15 @@
     python train.py --recipe fp8lm_175b --dry-run             what one rank of its cluster would hold; no GPU, no data
     python train.py --recipe nvfp4_12b --plan --gpu b200      bytes, traffic, time, layouts that fit; no GPU, no data
 
-Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 75 preempted and saved (start the same command again),
+Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 75 preempted and saved (start the same command again), 124 hung,
 130 interrupted. Under torchrun, which would take 75 for a failure and restart, a preempted worker ends with 0 and
-RUN/exit.json holds the code.
+RUN/exit.json holds the code (docs/slurm.md).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import faulthandler
 import logging
 import os
 import re
@@ -26,14 +26,15 @@ from pathlib import Path
 from rich.console import Console
 
 import recipe as recipes
-from errors import UserError
 from report.metrics import StepRecord
 from report.plan import command
 from report.plan.command import Options
+from run import exits
 from run.build import build
 from run.dry_run import dry_run
 from run.environment import Launch
-from run.signals import INTERRUPTED, REQUEUE
+from run.recovery import recover
+from run.signals import INTERRUPTED, REQUEUE, stop_with_parent
 from run.state import Run
 
 
@@ -42,9 +43,9 @@ def train_step(run: Run) -> StepRecord:
     began = time.perf_counter()
     lr = run.lr()
     run.begin_step()
-    losses = run.forward_backward()
-    update = run.engine.step(lr)
-    return run.finish_step(losses, lr, update, began)
+    loss = run.agree(run.forward_backward())
+    update = run.engine.step(lr, run.guard.judge(loss))
+    return run.finish_step(loss, lr, update, began)
 
 
 def train(run: Run) -> int:
@@ -52,6 +53,9 @@ def train(run: Run) -> int:
     total, config = run.recipe.train.steps, run.recipe
     while run.step < total:
         run.records.step(train_step(run))
+        if recover(run):
+            continue
+        run.probe()
         if config.eval.due(run.step, total):
             run.validate()
         stopping = run.stop_reason()
@@ -69,6 +73,8 @@ def train(run: Run) -> int:
 def main(argv: list[str]) -> int:
     """Run one command line; returns the exit code."""
     launch = read_launch()
+    if launch.torchrun:
+        stop_with_parent()
     # DeepSpeed calls collectives by names that torch now deprecates; nothing that a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -85,6 +91,8 @@ def main(argv: list[str]) -> int:
             return show_plan(options, tuple(overrides))
         recipe = recipes.load(options.recipe, tuple(overrides), launch.world_size)
         run_dir = Path(recipe.run.dir)
+        if launch.rank == 0:
+            exits.clear(run_dir)
         run = build(
             recipe,
             launch,
@@ -95,17 +103,20 @@ def main(argv: list[str]) -> int:
         with run:
             code = train(run)
             reason = run.stop_reason() or reason
-    except UserError as error:
-        code, reason = error.exit_code, str(error)
-        # Errors of the recipe are the same on every rank; later ones may be one rank's own.
-        prefix = f"rank {launch.rank}: " if launch.rank else ""
-        if not launch.rank or run_dir is not None:
-            print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         code, reason = INTERRUPTED, "interrupted"
         print("interrupted; the newest checkpoint is as it was", file=sys.stderr, flush=True)
-    if run_dir is not None and launch.rank == 0:
-        record_exit(run_dir, code, reason)
+    except Exception as error:
+        code, reason, known = exits.explain(error)
+        if not known:
+            exits.record(run_dir, code, reason, launch.rank)
+            raise
+        # Errors of the recipe are the same on every rank; later ones may be one rank's own.
+        prefix = f"rank {launch.rank}: " if launch.rank else ""
+        if not launch.rank or run_dir is not None:
+            print(f"{prefix}error: {reason}", file=sys.stderr, flush=True)
+    if launch.rank == 0 or code not in (0, REQUEUE):
+        exits.record(run_dir, code, reason, launch.rank)
     return 0 if code == REQUEUE and launch.torchrun else code
 
 
@@ -120,6 +131,7 @@ def read_launch() -> Launch:
         meets="MASTER_ADDR" in os.environ,
         torchrun="TORCHELASTIC_RUN_ID" in os.environ,
         threads=int(os.environ["OMP_NUM_THREADS"]) if "OMP_NUM_THREADS" in os.environ else None,
+        end_time=float(os.environ["SLURM_JOB_END_TIME"]) if "SLURM_JOB_END_TIME" in os.environ else None,
     )
 
 
@@ -176,13 +188,8 @@ def print_recipes() -> int:
     return 0
 
 
-def record_exit(run_dir: Path, code: int, reason: str) -> None:
-    """RUN/exit.json: what a batch script reads to decide whether to requeue."""
-    if run_dir.is_dir():
-        (run_dir / "exit.json").write_text(json.dumps({"code": code, "reason": reason}) + "\n")
-
-
 if __name__ == "__main__":
+    faulthandler.enable()  # a crash in native code, or a mapped file whose disk is gone, says where
     status = main(sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()

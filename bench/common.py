@@ -12,7 +12,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.queues import Queue
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def interleaved(variants: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+def interleaved(variants: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
     """Median seconds of each function, called in turns; one call each before, not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for repetition in range(repetitions + 1):

@@ -24,6 +24,7 @@ import run.build
 import train
 from bench.common import parser, report
 from recipe import load
+from report.flops import cpu_name
 
 # name -> (train.compile, memory kept)
 VARIANTS = {"eager_default_malloc": (False, False), "eager": (False, True), "compiled": (True, True)}
@@ -66,7 +67,8 @@ def measure_apart(options: argparse.Namespace, recipe: str, variant: str) -> dic
 def compare(options: argparse.Namespace) -> dict[str, float | int | str]:
     """Step time of each recipe over that of the first: two rounds in turns, the faster one of each counts."""
     rounds = [{name: measure_apart(options, name, "compiled") for name in options.recipes} for _ in range(2)]
-    figures: dict[str, float | int | str] = {}
+    threads = rounds[0][options.recipes[0]]["threads"]
+    figures: dict[str, float | int | str] = {"hardware": f"{cpu_name()}, {threads:g} threads"}
     for name in options.recipes:
         best = min((each[name] for each in rounds), key=lambda result: result["step_ms"])
         figures |= {f"{name}_{key}": best[key] for key in ("step_ms", "tokens_per_s", "mfu", "memory_gib")}

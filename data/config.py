@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from data.documents import Documents
 from data.order import shares
@@ -55,6 +56,11 @@ class DataConfig:
         cache: directory for prepared sources.
         workers: processes that prepare.
         reset_at_document: restart positions, and cut attention, at each document.
+        verify: compare prepared files with the SHA-256 of their manifest, once per modification of the
+            file. Files without a manifest are only searched for token ids outside the vocabulary.
+        corrupt: what to do with a sample whose tokens are outside the vocabulary although the file was
+            found in order (its disk is failing): `error`, or `skip` it for the next one of its
+            source, which is counted.
     """
 
     train: Source | None = "data/corpus/sotu.jsonl.xz"
@@ -65,6 +71,8 @@ class DataConfig:
     cache: str = "cache/data"
     workers: int = 2
     reset_at_document: bool = False
+    verify: bool = True
+    corrupt: Literal["error", "skip"] = "error"
 
     def problems(self) -> list[str]:
         """What is wrong with the values, as messages."""

@@ -182,6 +182,8 @@ def _pieces(stream: io.BufferedIOBase | BinaryIO, documents: Documents, path: Pa
 
 
 def _decompressed(path: Path, disk: BinaryIO) -> io.BufferedIOBase | BinaryIO:
+    if path.suffix in _COMPRESSED and not path.stat().st_size:
+        raise EOFError("there is not even a header")  # an empty gzip or Zstandard stream would read as no text
     match path.suffix:
         case ".xz":
             return lzma.open(disk)

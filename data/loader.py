@@ -21,7 +21,7 @@ from data.config import DataConfig, Source
 from data.indexed import IndexedDataset
 from data.order import Blend, PhasedBlend
 from data.sources import find_tokenizer, locate, open_source
-from data.stream import PackedDocuments, SampleStream
+from data.stream import Checks, PackedDocuments, SampleStream
 from errors import DataError, UsageError
 
 Part = tuple[IndexedDataset, np.ndarray]  # a dataset and the numbers of the documents to use
@@ -101,7 +101,8 @@ def open_data(config: DataConfig, *, vocab_size: int, seq_len: int, seed: int, s
             PackedDocuments(dataset, documents, seq_len, (seed, index) if shuffled else None)
             for index, (dataset, documents) in enumerate(parts)
         ]
-        return SampleStream(packed, blend, endless=shuffled, reset=config.reset_at_document)
+        checks = Checks(vocab_size, skip=config.corrupt == "skip")
+        return SampleStream(packed, blend, endless=shuffled, reset=config.reset_at_document, checks=checks)
 
     blend, validation = Blend([weight for weight, _ in train]), None
     if fraction:

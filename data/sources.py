@@ -72,6 +72,9 @@ def open_source(
     else:
         low, high = 0, manifest["max_token"]
         idx_hash, bin_hash = (manifest["outputs"][suffix]["sha256"] for suffix in (".idx", ".bin"))
+        if config.verify:
+            _verify(cache, dataset.idx_path, idx_hash)
+            _verify(cache, dataset.bin_path, bin_hash)
         if tokenizer is not None and manifest["tokenizer"]["sha256"] != sha256_file(tokenizer):
             raise DataError(
                 f"{prefix} was prepared with another tokenizer than {tokenizer}; set "
@@ -88,6 +91,15 @@ def open_source(
         "bin_bytes": dataset.tokens.nbytes,
         "bin_sha256": bin_hash,
     }
+
+
+def _verify(cache: Path, path: Path, expected: str) -> None:
+    """Raise DataError unless the file is the one that was written; a pass over it, remembered."""
+    if remember(cache, "sha256", path, lambda: sha256_file(path)) != expected:
+        raise DataError(
+            f"{path} has other content than was prepared (SHA-256): its disk or a copy damaged it; restore it, or "
+            f"delete {path.with_suffix('')}.* and prepare it again"
+        )
 
 
 def _manifest(dataset: IndexedDataset) -> dict[str, Any] | None:

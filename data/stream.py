@@ -11,11 +11,14 @@ There is no other state. A run's position is the number of samples that it has c
 the number of ranks.
 Memory: 24 bytes a document and 8 a sample, for two epochs at most; tokens stay in the mapped file.
 Batches are copied into one int64 buffer, which also converts them. Samples within one document,
-which are most where documents are long, take one gather through a sliding-window view.
+which are most where documents are long, take one gather through a sliding-window view. Every batch is
+searched for ids outside the vocabulary: a file can change under a run, and an embedding read out of
+bounds is no error that says so, or none at all.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,6 +30,22 @@ import torch
 from data.indexed import IndexedDataset
 from data.order import Blend, PhasedBlend, permutation
 from errors import DataError
+
+log = logging.getLogger(__name__)
+
+_SUBSTITUTES = 1000  # samples tried in place of a damaged one: more in a row are no accident
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What every sample must be. skip: take another instead of one that is not; else an error."""
+
+    vocab_size: int
+    skip: bool = False
+
+    def passed(self, tokens: np.ndarray) -> bool:
+        """Whether all ids are of the vocabulary."""
+        return tokens.size == 0 or (int(tokens.min()) >= 0 and int(tokens.max()) < self.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -149,6 +168,17 @@ class PackedDocuments:
             begin, piece, document = end, piece + 1, document + 1
             source, left = order.starts.item(document), order.lengths.item(document)
 
+    def damage(self, number: int, tokens: np.ndarray, vocab_size: int) -> str:
+        """Which of the `tokens` of sample `number` is outside the vocabulary, and where it lies in the file."""
+        column = int(np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[0])
+        epoch, within = divmod(number, self.num_samples)
+        order = self._epoch(epoch)
+        place = int(order.samples[within]) * self.seq_len + column
+        document = int(np.searchsorted(order.line, place, side="right")) - 1
+        at = int(order.starts[document] + place - order.line[document]) * self._dataset.tokens.itemsize
+        what = f"token id {tokens[column]} at byte {at}"
+        return f"{self._dataset.bin_path}: {what} is outside the vocabulary of {vocab_size}"
+
     def _order(self, epoch: int) -> _Epoch:
         documents, samples = self._documents, np.arange(self.num_samples)
         if self._key is not None:
@@ -166,6 +196,7 @@ class SampleStream:
         seq_len: S; a sample has S + 1 tokens.
         num_samples: samples before any source repeats one of its own.
         endless: later samples exist (further epochs); else asking for one is an IndexError.
+        skipped: (source, number within it) of the damaged samples that were left out so far.
     """
 
     def __init__(
@@ -175,8 +206,10 @@ class SampleStream:
         *,
         endless: bool,
         reset: bool,
+        checks: Checks,
     ) -> None:
-        self._parts, self._blend, self._reset = parts, blend, reset
+        self._parts, self._blend, self._reset, self._checks = parts, blend, reset, checks
+        self.skipped: set[tuple[int, int]] = set()
         self.seq_len, self.endless = parts[0].seq_len, endless
         self.num_samples = int(min(blend.first_use(j, part.num_samples) for j, part in enumerate(parts)))
 
@@ -212,4 +245,24 @@ class SampleStream:
         for source, part in enumerate(self._parts):
             rows = np.flatnonzero(sources == source)
             part.copy(numbers[rows], rows, out)
+        if not self._checks.passed(tokens):
+            for row in range(indices.size):
+                self._mend(int(sources[row]), int(numbers[row]), row, out)
         return out
+
+    def _mend(self, source: int, number: int, row: int, out: _Buffers) -> None:
+        """Put the next whole sample of the source into `row` if this one is damaged. Raises DataError."""
+        part, tokens = self._parts[source], out.tokens[row]
+        if self._checks.passed(tokens):
+            return
+        damage = part.damage(number, tokens, self._checks.vocab_size)
+        if not self._checks.skip:
+            raise DataError(f"{damage}, but was not when the run began; restore the file, or set data.corrupt=skip")
+        if (source, number) not in self.skipped:
+            self.skipped.add((source, number))
+            log.warning("sample %d is left out: %s", number, damage)
+        for other in range(number + 1, number + 1 + _SUBSTITUTES):
+            part.copy(np.array([other if self.endless else other % part.num_samples]), np.array([row]), out)
+            if self._checks.passed(tokens):
+                return
+        raise DataError(f"{damage}, and so it goes on for {_SUBSTITUTES} samples; restore the file")

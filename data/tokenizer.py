@@ -66,7 +66,7 @@ class SentencePieceTokenizer:
         self.path = path
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:  # the last one: a piece that is no UTF-8
             raise DataError(f"{path} is not a SentencePiece model: {error}") from None
         self.vocab_size = self._model.vocab_size()
         eod_id = self._model.eos_id() if eod is None else self._model.piece_to_id(eod)

@@ -8,9 +8,10 @@ precision.end_step(group)                              delayed scaling takes its
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,38 @@ from torch import Tensor, nn
 from errors import UsageError
 from lowprec.linear import LowPrecisionLinear, Place, Shared, place_problems
 from lowprec.philox import StepContext
-from lowprec.policy import GEMMS, Phase, Policy, PrecisionConfig, Slots, describe, table_to_dict, together
+from lowprec.policy import GEMMS, Phase, Policy, PrecisionConfig, Slots, describe, kept, table_to_dict, together
+
+
+class Swap(Protocol):
+    """As `own_layers`: other layers may take the linears' places; what it returns says of each what it multiplies."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        names: Sequence[str],
+        tables: Sequence[Mapping[str, Slots]],
+        shared: Shared,
+        places: Mapping[str, Place],
+        /,
+    ) -> dict[str, LowPrecisionLinear]: ...
+
+
+def own_layers(
+    model: nn.Module,
+    names: Sequence[str],
+    tables: Sequence[Mapping[str, Slots]],
+    shared: Shared,
+    places: Mapping[str, Place],
+) -> dict[str, LowPrecisionLinear]:
+    """Put our linears in the place of the linears `names` of `model`. tables: slots of each phase; the first now."""
+    layers = {}
+    for name in names:
+        linear: Any = model.get_submodule(name)
+        layers[name] = LowPrecisionLinear(linear, name, tables[0][name], shared, places.get(name))
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layers[name])
+    return layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +65,7 @@ class RunFacts:
     swap_all:        swap linears that are never quantized, too (to compare like with like)
     linears:         names of all linears of the whole model; None: those of the parts at hand
     places:          linear name -> which part of it this rank has (tensor parallelism)
+    swap:            puts other layers in the place of linears
     """
 
     seed: int
@@ -43,6 +76,7 @@ class RunFacts:
     swap_all: bool = False
     linears: Sequence[str] | None = None
     places: Mapping[str, Place] = field(default_factory=dict)
+    swap: Swap = own_layers
 
 
 class Precision:
@@ -53,21 +87,11 @@ class Precision:
 
     def __init__(self, parts: Sequence[nn.Module], policy: Policy, config: PrecisionConfig, facts: RunFacts) -> None:
         linears = {
-            name: (part, module)
-            for part in parts
-            for name, module in part.named_modules()
-            if isinstance(module, nn.Linear)
+            name: part for part in parts for name, module in part.named_modules() if isinstance(module, nn.Linear)
         }
         # Rules are resolved against the whole model, whatever part of it is here.
         names = list(linears if facts.linears is None else facts.linears)
-        blocks = 1 + max((int(name.split(".")[1]) for name in names if name.startswith("layers.")), default=-1)
-        if config.bf16_first + config.bf16_last > blocks:
-            asked = f"precision.bf16_first {config.bf16_first} and bf16_last {config.bf16_last}"
-            raise UsageError(f"{asked} exceed the model's {blocks} blocks; keep fewer in BF16")
-        policy = policy.with_bf16_blocks(config.bf16_first, config.bf16_last)
-        self.tables = [(0, policy.resolve(names, blocks))]
-        for phase in config.schedule:
-            self._add_phase(policy, phase, facts)
+        self.tables = phases(names, policy, config, facts)
         self.shared = Shared(
             position=StepContext(seed=facts.seed),
             gemm_dtype=facts.gemm_dtype,
@@ -79,27 +103,18 @@ class Precision:
         # A linear that is quantized in any phase is swapped; the others stay what they are.
         swap_all = facts.swap_all or self.shared.wgrad_dtype == torch.float32
         wanted = {name for _, table in self.tables for name, slots in table.items() if slots.quantized or swap_all}
-        self.layers = {
-            name: _swap(*linears[name], name, self._table[name], self.shared, facts.places.get(name))
-            for name in names
-            if name in wanted and name in linears
-        }
+        tables = [table for _, table in self.tables]
+        self.layers: dict[str, LowPrecisionLinear] = {}
+        for part in parts:
+            mine = [name for name in names if name in wanted and name in linears and linears[name] is part]
+            self.layers |= facts.swap(part, mine, tables, self.shared, facts.places)
         self._here = list(linears)
+        self.places = facts.places
         problems = [(name, problem) for name, layer in self.layers.items() for problem in _shape_problems(layer)]
         for name, place in facts.places.items():  # of other stages, too: all ranks say the same
             problems += [(name, problem) for _, table in self.tables for problem in place_problems(table[name], place)]
         if problems:
             raise UsageError("\n".join(["the precision policy does not fit the model:", *together(problems)]))
-
-    def _add_phase(self, policy: Policy, phase: Phase, facts: RunFacts) -> None:
-        begin = phase.first_step(facts.steps, facts.tokens_per_step)
-        last, table = self.tables[-1]
-        if begin <= last or begin >= facts.steps:
-            raise UsageError(
-                f"a phase of precision.schedule begins at step {begin}; it must lie after the phase before it ({last}) "
-                f"and before train.steps ({facts.steps})"
-            )
-        self.tables.append((begin, policy.at(table, phase)))
 
     def begin_step(self, step: int) -> str | None:
         """Take the phase of `step` and quantize the weights for it; says so if other slots begin here."""
@@ -138,10 +153,22 @@ class Precision:
         if not states:
             return
         amaxes = torch.stack([state.history[0] for state in states.values()])
+        # One of a step that was not finite says nothing, and would keep the scale for as long as it is remembered.
+        amaxes = torch.where(amaxes.isfinite(), amaxes, 0.0)
         dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=group)
         for state, amax in zip(states.values(), amaxes, strict=True):
-            state.record(amax)
+            state.history[0] = amax
             state.advance()
+
+    @property
+    def now(self) -> Mapping[str, Slots]:
+        """The slots of every linear of the whole model in the phase that the run is in."""
+        return self._table
+
+    def forget_step(self) -> None:
+        """Drop the amaxes of forwards and backwards since the last `end_step`: they were no part of training."""
+        for state in self._delayed().values():
+            state.history[0] = 0.0
 
     def state(self) -> dict[str, Tensor]:
         """Live tensors that a checkpoint needs, the same on all data-parallel ranks: name -> tensor."""
@@ -182,13 +209,36 @@ class Precision:
         }
 
 
-def _swap(
-    part: nn.Module, linear: nn.Linear, name: str, slots: Slots, shared: Shared, place: Place | None
-) -> LowPrecisionLinear:
-    layer = LowPrecisionLinear(linear, name, slots, shared, place)
-    parent, _, child = name.rpartition(".")
-    setattr(part.get_submodule(parent), child, layer)
-    return layer
+def phases(
+    linears: Iterable[str], policy: Policy, config: PrecisionConfig, facts: RunFacts
+) -> list[tuple[int, dict[str, Slots]]]:
+    """The resolved table of all linears of a model for each phase of a run, by the phase's first step."""
+    names = list(linears)
+    blocks = 1 + max((int(name.split(".")[1]) for name in names if name.startswith("layers.")), default=-1)
+    if config.bf16_first + config.bf16_last > blocks:
+        asked = f"precision.bf16_first {config.bf16_first} and bf16_last {config.bf16_last}"
+        raise UsageError(f"{asked} exceed the model's {blocks} blocks; keep fewer in BF16")
+    policy = policy.with_bf16_blocks(config.bf16_first, config.bf16_last)
+    tables = [(0, policy.resolve(names, blocks))]
+    for phase in config.schedule:
+        tables.append(_phase(policy, tables[-1], phase, facts))
+    if dead := [keep for keep in config.keep if not any(keep.reaches(table) for _, table in tables)]:
+        words = "; ".join(f"{keep.match} ({', '.join(keep.gemms)})" for keep in dead)
+        raise UsageError(f"precision.keep reaches no quantized GEMM (mend or delete it): {words}")
+    return [(begin, kept(table, config.keep)) for begin, table in tables]
+
+
+def _phase(
+    policy: Policy, before: tuple[int, dict[str, Slots]], phase: Phase, facts: RunFacts
+) -> tuple[int, dict[str, Slots]]:
+    """The first step and the table of a phase, from those of the one before."""
+    begin, (last, table) = phase.first_step(facts.steps, facts.tokens_per_step), before
+    if begin <= last or begin >= facts.steps:
+        raise UsageError(
+            f"a phase of precision.schedule begins at step {begin}; it must lie after the phase before it ({last}) "
+            f"and before train.steps ({facts.steps})"
+        )
+    return begin, policy.at(table, phase)
 
 
 def _shape_problems(layer: LowPrecisionLinear) -> list[str]:

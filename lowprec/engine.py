@@ -6,8 +6,9 @@ It knows what DeepSpeed's objects look like but does not import them: lowprec/ze
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from lowprec.adamw import Tally
 from lowprec.fragments import Fragment
+from lowprec.payload import PAYLOADS
 from lowprec.updater import Updater
 
 
@@ -24,10 +26,12 @@ from lowprec.updater import Updater
 class StepResult:
     """What one optimizer step did.
 
-    grad_norm:    before clipping; infinite when the step was skipped
+    grad_norm:    before clipping; infinite where a gradient was not finite
+    skipped:      nothing was updated: a gradient was not finite, or the step was not accepted
     sent_bytes:   this rank's gradients and updated weights on their way to other ranks (0 at stage 3: not counted)
     edq, lost:    effective descent quality over its ideal and share of lost updates (adamw.Tally) where weights are
                   written in 16 bits; else None
+    update_norm:  of the change of all weights; None where it is not measured, or nothing was updated
     """
 
     grad_norm: float
@@ -35,6 +39,7 @@ class StepResult:
     sent_bytes: int = 0
     edq: float | None = None
     lost: float | None = None
+    update_norm: float | None = None
 
 
 class PartitionedAdamW(torch.optim.Optimizer):
@@ -44,6 +49,7 @@ class PartitionedAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": updater.config.lr})
         self.updater = updater
         self.held: dict[int, list[tuple[Fragment, slice]]] = {}  # id of a flat FP32 partition -> what lies in it
+        self.tally = Tally.nothing()  # of the updates since it was last replaced
 
     def step(self, closure: Callable | None = None) -> None:
         """Update the flat partitions of the groups from their `.grad`; those that no fragment names are left alone."""
@@ -51,7 +57,7 @@ class PartitionedAdamW(torch.optim.Optimizer):
             for flat in group["params"]:
                 if held := self.held.get(id(flat)):
                     gradients = [partial(flat.grad.__getitem__, here) for _, here in held]
-                    self.updater.step([fragment for fragment, _ in held], gradients, group["lr"], 1.0)
+                    self.tally += self.updater.step([fragment for fragment, _ in held], gradients, group["lr"], 1.0)
 
 
 @dataclass(frozen=True)
@@ -106,8 +112,11 @@ class Engine:
         self._engine.backward(loss)
         self._pending += 1
 
-    def step(self, lr: float) -> StepResult:
-        """Reduce, clip and update with learning rate `lr`; a non-finite gradient skips the step on all ranks."""
+    def step(self, lr: float, accept: Callable[[float], bool] | None = None) -> StepResult:
+        """Reduce, clip and update with learning rate `lr`; a non-finite gradient skips the step on all ranks.
+
+        accept: is told the norm of a finite gradient, the same number on every rank; False skips the step, too
+        """
         if not self._by_schedule and self._pending != self._engine.gradient_accumulation_steps():
             raise RuntimeError(
                 f"step() after {self._pending} of {self._engine.gradient_accumulation_steps()} micro-batches"
@@ -116,7 +125,8 @@ class Engine:
             raise RuntimeError(f"parameters that got no gradient in this step: {missing}")
         self._pending = 0
         self._touched.clear()
-        optimizer = self._engine.optimizer
+        optimizer, stage = self._engine.optimizer, self._engine.zero_optimization_stage()
+        optimizer.accept = accept
         for group in optimizer.optimizer.param_groups:
             group["lr"] = lr
         if self._by_schedule:
@@ -124,15 +134,18 @@ class Engine:
             optimizer.step()
         else:
             self._engine.step()
-        norm, skipped = float(optimizer._global_grad_norm), bool(optimizer.overflow)
-        if self._engine.zero_optimization_stage() == 3:
+        skipped, sent = bool(optimizer.overflow), 0
+        if stage == 3:
+            norm, tally, optimizer.optimizer.tally = optimizer.norm, optimizer.optimizer.tally, Tally.nothing()
             self.updater.updates += not skipped
-            return StepResult(norm, skipped)
-        sent, optimizer.sent_bytes = optimizer.sent_bytes, 0
-        if skipped or not self.updater.update.measured:
+        else:
+            norm, tally, sent = optimizer._global_grad_norm, optimizer.tally, optimizer.sent_bytes
+            optimizer.sent_bytes = 0
+        if skipped or not self.updater.measures:
             return StepResult(norm, skipped, sent)
-        tally = Tally(self._sums.sum(optimizer.tally.sums.to(self.updater.device)))
-        return StepResult(norm, skipped, sent, tally.edq, tally.lost)
+        tally = Tally(self._sums.sum(tally.sums.to(self.updater.device)))
+        quality = (tally.edq, tally.lost) if self.updater.update.measured else (None, None)
+        return StepResult(norm, skipped, sent, *quality, tally.norm)
 
     def run_by_schedule(self, tied: nn.Parameter | None, group: Any) -> None:
         """From now on a pipeline schedule runs the backwards; `step` finds their gradients accumulated.
@@ -142,13 +155,48 @@ class Engine:
         self._by_schedule = True
         self._engine.optimizer.accumulate_by_hooks(tied, group)
 
+    def lend_main_grads(self, parameters: Iterable[Tensor], *, split: bool) -> None:
+        """Let the GEMMs of weight gradients add them up themselves; see lowprec/main_grads.py. Not at stage 3."""
+        self._engine.optimizer.main_grads.lend(parameters, split=split)
+
     def add_gradient(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         """Accumulate what autograd did not: a weight gradient of a split backward, as it left its GEMM."""
         hooks: dict[int, Any] = parameter._backward_hooks or {}
         for hook in hooks.values():  # sums over tensor-parallel ranks, in FP32 as where autograd accumulates
-            gradient = hook(gradient.float())
+            changed = hook(gradient.float())
+            gradient = gradient if changed is None else changed
         self._engine.optimizer.accumulate(parameter, gradient)
         self._touched.add(id(parameter))
+
+    @contextmanager
+    def exact_gradients(self) -> Iterator[None]:
+        """Gradients add up and travel in FP32, for as long as this lasts (stages 0 to 2)."""
+        optimizer = self._engine.optimizer
+        plan, payload, mu = optimizer.plan, optimizer.payload, optimizer.mu
+        exact = replace(plan.gradients, payload="fp32", accumulate="fp32", error_feedback=False)
+        optimizer.plan, optimizer.payload, optimizer.mu = replace(plan, gradients=exact), PAYLOADS["fp32"], None
+        stores = [piece.store for piece in optimizer.pieces]
+        for store in stores:
+            store.accumulate = exact.accumulate
+        try:
+            yield
+        finally:
+            optimizer.plan, optimizer.payload, optimizer.mu = plan, payload, mu
+            for store in stores:
+                store.accumulate = plan.gradients.accumulate
+
+    @contextmanager
+    def exact_weights(self) -> Iterator[None]:
+        """Working weights are gathered as they are instead of quantized, for as long as this lasts (stages 1 and 2)."""
+        optimizer = self._engine.optimizer
+        plan = optimizer.plan
+        optimizer.plan = replace(plan, gather="exact")
+        self.refresh_weights()
+        try:
+            yield
+        finally:
+            optimizer.plan = plan
+            self.refresh_weights()
 
     def fragments(self) -> list[Fragment]:
         """This rank's share of every logical parameter and its states, as views of live memory."""
@@ -202,8 +250,10 @@ class Engine:
         return residuals if optimizer.mu is None else residuals | {"mu": torch.tensor([optimizer.mu]).double()}
 
     def restore_own_states(self, states: Mapping[str, Tensor]) -> None:
-        """Continue from `own_states`; what is missing stays as at a start."""
+        """Continue from `own_states`; what is missing is as at a start."""
         optimizer = self._engine.optimizer
+        if self._engine.zero_optimization_stage() < 3:
+            optimizer.errors.clear()
         for key, name in self._names.items():
             if (residual := states.get(f"error.{name}")) is not None:
                 optimizer.errors[optimizer.param_id[key]] = residual.to(self.updater.device)

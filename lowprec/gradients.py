@@ -86,6 +86,13 @@ class GradientStore:
         else:
             self._held.add_(values)
 
+    def lend(self, like: Tensor) -> Tensor:
+        """The live FP32 accumulator, in the shape of `like`, for a GEMM that adds to it; needs `accumulate` fp32."""
+        assert self.accumulate == "fp32", self.accumulate
+        if self._held is None:
+            self._held = torch.zeros(like.numel(), dtype=torch.float32, device=like.device)
+        return self._held.view(like.shape)
+
     def read(self) -> Tensor:
         """FP32 [count]; the live tensor where that is what is held."""
         assert self._held is not None, "read before anything was added"

@@ -224,6 +224,40 @@ class LowPrecisionLinear(nn.Module):
             assert amax is not None
             self.delayed[kind].record(amax)
 
+    def multiply(self, gemm: str, a: Operand, b: Operand, bias: Tensor | None = None) -> Tensor:
+        """The product of two operands, ordered by `gemm`; scales and bias meet the FP32 accumulator; one rounding."""
+        left = a.values.T if gemm == "wgrad" else a.values
+        right = b.values.T if gemm == "fprop" else b.values
+        scales = [
+            scale.T if turned and scale.ndim == 2 else scale
+            for scale, turned in ((a.scale, gemm == "wgrad"), (b.scale, gemm == "fprop"))
+            if scale is not None
+        ]
+        out = self.weight.dtype
+        if gemm == "wgrad":  # never rounded to less than an FP32 weight has
+            out = torch.promote_types(out, self.shared.wgrad_dtype)
+        exact = left.dtype == right.dtype == torch.bfloat16
+        dtype = self.shared.gemm_dtype if exact else torch.float32
+        self.count(gemm, str(dtype).removeprefix("torch."))
+        scalars = all(scale.ndim == 0 for scale in scales)
+        alpha = float(torch.stack(scales).prod()) if scales and scalars else 1.0
+        if dtype == out == torch.bfloat16 and scalars:
+            if not scales and bias is None:
+                return left @ right
+            added, beta = (left.new_zeros(1), 0) if bias is None else (bias, 1)
+            return torch.addmm(added, left, right, beta=beta, alpha=alpha)
+        if scales and scalars:
+            product = torch.addmm(
+                left.new_zeros(1, dtype=torch.float32), left.float(), right.float(), beta=0, alpha=alpha
+            )
+        else:
+            product = left.float() @ right.float()
+            for scale in scales:
+                product *= scale
+        if bias is not None:
+            product += bias
+        return product.to(out)
+
     def count(self, gemm: str, product: str) -> None:
         """Note one GEMM for the receipt: its operands' elements, what quantized them, and the product's dtype."""
         words, place = [], (self.weight.dtype, self.weight.device.type)
@@ -283,7 +317,7 @@ class _Linear(torch.autograd.Function):
         ctx.deferred, ctx.has_bias = shared.deferred, bias is not None
         a = layer.operand("fprop.a", matrix, shared.position, training=training)
         b = layer.weight_operand("fprop.b")
-        y = _gemm(layer, "fprop", a, b, bias)
+        y = layer.multiply("fprop", a, b, bias)
         ctx.packed = None
         if not (training and weight.requires_grad):
             return y.view(*x.shape[:-1], layer.out_features)
@@ -302,9 +336,8 @@ class _Linear(torch.autograd.Function):
         dy = gradients[0].reshape(-1, layer.out_features)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = _gemm(
-                layer, "dgrad", layer.operand("dgrad.a", dy, ctx.position), layer.weight_operand("dgrad.b")
-            ).view(ctx.shape)
+            a, b = layer.operand("dgrad.a", dy, ctx.position), layer.weight_operand("dgrad.b")
+            dx = layer.multiply("dgrad", a, b).view(ctx.shape)
         if ctx.needs_input_grad[1]:
             saved, packed, position = ctx.saved_tensors, ctx.packed, ctx.position
 
@@ -313,7 +346,7 @@ class _Linear(torch.autograd.Function):
                 if packed is not None:
                     whole = replace(packed, codes=saved[0], scales=saved[1], amax=saved[2])
                     x = layer.shared.quantizers.decode(whole, layer.decoded(packed.spec), layer.weight.dtype)
-                return _gemm(layer, "wgrad", layer.operand("wgrad.a", dy, position), x)
+                return layer.multiply("wgrad", layer.operand("wgrad.a", dy, position), x)
 
             if ctx.deferred is None:
                 dw = weight_gradient()
@@ -322,36 +355,3 @@ class _Linear(torch.autograd.Function):
         if ctx.has_bias and ctx.needs_input_grad[2]:
             db = dy.sum(0, dtype=torch.float32)
         return dx, dw, db, None, None
-
-
-def _gemm(layer: LowPrecisionLinear, gemm: str, a: Operand, b: Operand, bias: Tensor | None = None) -> Tensor:
-    """The product of two operands as `gemm` orders them; scales and bias meet the FP32 accumulator, one rounding."""
-    left = a.values.T if gemm == "wgrad" else a.values
-    right = b.values.T if gemm == "fprop" else b.values
-    scales = [
-        scale.T if turned and scale.ndim == 2 else scale
-        for scale, turned in ((a.scale, gemm == "wgrad"), (b.scale, gemm == "fprop"))
-        if scale is not None
-    ]
-    out = layer.weight.dtype
-    if gemm == "wgrad":  # never rounded to less than an FP32 weight has
-        out = torch.promote_types(out, layer.shared.wgrad_dtype)
-    exact = left.dtype == right.dtype == torch.bfloat16
-    dtype = layer.shared.gemm_dtype if exact else torch.float32
-    layer.count(gemm, str(dtype).removeprefix("torch."))
-    scalars = all(scale.ndim == 0 for scale in scales)
-    alpha = float(torch.stack(scales).prod()) if scales and scalars else 1.0
-    if dtype == out == torch.bfloat16 and scalars:
-        if not scales and bias is None:
-            return left @ right
-        added, beta = (left.new_zeros(1), 0) if bias is None else (bias, 1)
-        return torch.addmm(added, left, right, beta=beta, alpha=alpha)
-    if scales and scalars:
-        product = torch.addmm(left.new_zeros(1, dtype=torch.float32), left.float(), right.float(), beta=0, alpha=alpha)
-    else:
-        product = left.float() @ right.float()
-        for scale in scales:
-            product *= scale
-    if bias is not None:
-        product += bias
-    return product.to(out)

@@ -79,7 +79,14 @@ class Patch:
 
 def fingerprint(function: Callable[..., Any]) -> str:
     """First 12 hex digits of the SHA-1 of a function's source text."""
-    return hashlib.sha1(inspect.getsource(function).encode()).hexdigest()[:12]
+    return hashlib.sha1(inspect.getsource(_undecorated(function)).encode()).hexdigest()[:12]
+
+
+def _undecorated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The one function that a decorator without functools.wraps closes over (DeepSpeed's instrument_w_nvtx)."""
+    cells = getattr(function, "__closure__", None) or ()
+    hidden = [cell.cell_contents for cell in cells if inspect.isfunction(cell.cell_contents)]
+    return _undecorated(hidden[0]) if len(hidden) == 1 else function
 
 
 @contextmanager

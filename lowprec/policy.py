@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
@@ -74,22 +74,42 @@ class Phase:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Keep:
+    """Linears whose name matches the glob `match` keep these GEMMs in BF16, whatever the policy and its phases say."""
+
+    match: str
+    gemms: tuple[Literal["fprop", "dgrad", "wgrad"], ...] = GEMMS
+
+    def reaches(self, table: Mapping[str, Slots]) -> list[str]:
+        """The linears of `table` of which it changes something."""
+        return [
+            name
+            for name, slots in table.items()
+            if fnmatchcase(name, self.match) and any(getattr(slots, gemm) != Gemm() for gemm in self.gemms)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
     """Precision of the linears' GEMMs.
 
     policy:       a name in recipes/precision/ or the path of such a file
-    backend:      emulate: quantize and dequantize around BF16 GEMMs; auto: the best that is there (so far: emulate)
+    backend:      emulate: quantize and dequantize around BF16 GEMMs; te: Transformer Engine's layers, or an error with
+                  all reasons; auto: te where it has native GEMMs for every quantized linear, else emulate
     bf16_first:   this many first blocks stay in BF16
     bf16_last:    this many last blocks stay in BF16
+    keep:         linears, or GEMMs of them, that stay in BF16 (what `python -m report.probe` proposes)
     schedule:     phases with other slots, in order
-    wgrad_output: precision in which a weight gradient leaves its GEMM; it is accumulated in FP32 either way
+    wgrad_output: precision in which a weight gradient leaves its GEMM; it is accumulated in FP32 either way; with te
+                  and fp32 the GEMM adds to the accumulator itself
     pack_saved:   keep the wgrad copy of each linear's input packed (codes and scales) until the backward
     """
 
     policy: str = HIGH
-    backend: Literal["auto", "emulate"] = "auto"
+    backend: Literal["auto", "te", "emulate"] = "auto"
     bf16_first: int = 0
     bf16_last: int = 0
+    keep: tuple[Keep, ...] = ()
     schedule: tuple[Phase, ...] = ()
     wgrad_output: Literal["bf16", "fp32"] = "bf16"
     pack_saved: bool = True
@@ -103,7 +123,7 @@ class PrecisionConfig:
         if self.policy == HIGH:
             found += [
                 f"{key} is set, but policy {HIGH} quantizes nothing that it could apply to; choose a policy, or drop it"
-                for key in ("bf16_first", "bf16_last", "schedule")
+                for key in ("bf16_first", "bf16_last", "keep", "schedule")
                 if getattr(self, key)
             ]
             if not self.pack_saved:
@@ -185,6 +205,18 @@ class Policy:
         }
 
 
+def kept(table: Mapping[str, Slots], keeps: Iterable[Keep]) -> dict[str, Slots]:
+    """`table` with the GEMMs of `keeps` in BF16."""
+    found = dict(table)
+    for keep in keeps:
+        for name in keep.reaches(table):
+            slots = replace(found[name], **{gemm: Gemm() for gemm in keep.gemms})
+            high = [g for g in GEMMS if getattr(slots, g) == Gemm() != getattr(table[name], g)]
+            scheme = f"{table[name].scheme} ({', '.join(high)} {HIGH})" if slots.quantized else HIGH
+            found[name] = replace(slots, scheme=scheme)
+    return found
+
+
 def parse(tree: Any, source: str) -> Policy:
     """A policy from the content of its YAML file.
 
@@ -260,7 +292,9 @@ def describe(table: Mapping[str, Slots]) -> str:
         names = [name for name, each in table.items() if each.scheme == scheme]
         lines.append(f"{scheme}: {len(names)} of {len(table)} linears: {brief(names)}")
         if slots.quantized:
-            lines += [f"    {gemm}  a {_words(g.a)}  b {_words(g.b)}" for gemm in GEMMS for g in [getattr(slots, gemm)]]
+            lines += [
+                f"    {gemm}  a {words_of(g.a)}  b {words_of(g.b)}" for gemm in GEMMS for g in [getattr(slots, gemm)]
+            ]
     return "\n".join(lines)
 
 
@@ -291,7 +325,8 @@ def _ranges(indices: list[int]) -> str:
     return "{" + ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs) + "}"
 
 
-def _words(spec: QuantSpec | None) -> str:
+def words_of(spec: QuantSpec | None) -> str:
+    """A specification in a few words, e.g. "e2m1 e4m3/1x16 stochastic"."""
     if spec is None:
         return HIGH
     block = spec.block if isinstance(spec.block, str) else f"{spec.block[0]}x{spec.block[1]}"

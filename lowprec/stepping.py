@@ -75,6 +75,11 @@ class Tally:
         return Tally(self.sums + other.sums.to(self.sums.device))
 
     @property
+    def norm(self) -> float:
+        """L2 norm of the intended change."""
+        return float(self.sums[1].sqrt())
+
+    @property
     def edq(self) -> float:
         """Effective descent quality over its ideal, the length of the intended step: 1 if nothing is lost (Collage)."""
         return float(self.sums[0] / self.sums[1]) if self.sums[1] > 0 else 1.0

@@ -32,6 +32,7 @@ class Updater:
     device: of the states
     group:  ranks that hold parts of the same parameters; None: all held in full here
     seed:   of stochastic rounding
+    norm:   tally the updates for their norm, also where there is nothing else to tally for
     """
 
     config: OptimizerConfig
@@ -39,10 +40,12 @@ class Updater:
     device: torch.device
     group: dist.ProcessGroup | None = None
     seed: int = 0
+    norm: bool = False
     updates: int = 0
 
     def __post_init__(self) -> None:
         self.update: Update = self.config.storage
+        self.measures = self.norm or self.update.measured
 
     def adopt(self, name: str, offset: int, weight: Tensor, working: Tensor, decay: bool) -> Fragment:
         """A fragment with fresh states.
@@ -97,7 +100,7 @@ class Updater:
                 own,
                 statistics.get(fragment.name),
                 self._key(fragment),
-                measure=self.update.measured,
+                measure=self.measures,
             )
             if any(fragment.owned()):
                 tally += found

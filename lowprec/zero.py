@@ -24,7 +24,7 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,7 +43,8 @@ from lowprec.optim import OptimizerConfig
 from lowprec.patching import Patch, applied
 from lowprec.policy import together
 from lowprec.updater import Updater
-from lowprec.zero_optimizer import Plan, low_precision
+from lowprec.zero_optimizer import low_precision
+from lowprec.zero_parts import Plan
 
 # DeepSpeed logs dozens of lines, some while it is imported, that say nothing about the run.
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
@@ -52,6 +53,7 @@ import deepspeed  # noqa: E402
 from deepspeed.accelerator import set_accelerator  # noqa: E402
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # noqa: E402
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION  # noqa: E402
+from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: E402
 from deepspeed.utils import groups as deepspeed_groups  # noqa: E402
 
 REQUIRES = ">=0.19.8,<0.20"
@@ -125,6 +127,37 @@ _RELIES_ON = {
 }
 
 
+def _stage3_class(base: type) -> type:
+    class AskingStage3(base):
+        """Stage 3 that asks `accept` for leave to update; refused, it drops the gradients as after an overflow."""
+
+        accept: Callable[[float], bool] | None = None
+        norm = 0.0
+
+        def _get_norm_groups(self) -> list[Any]:
+            norms = super()._get_norm_groups()
+            self.norm = float(combine_grad_norm_groups(norms))
+            refused = math.isfinite(self.norm) and self.accept is not None and not self.accept(self.norm)
+            return [math.inf] if refused else norms
+
+    return AskingStage3
+
+
+_PATCH_STAGE3 = Patch(
+    dist="deepspeed",
+    requires=REQUIRES,
+    module="deepspeed.runtime.zero.stage3",
+    name="DeepSpeedZeroOptimizer_Stage3",
+    build=_stage3_class,
+    relies_on={
+        "step": "19695d69a3d9",
+        "_get_norm_groups": "974311a54ac7",
+        "_loss_scale_update_and_overflow_cleanup": "fa15a8904ed3",
+    },
+    why="a step whose loss or gradient is an outlier is not applied",
+)
+
+
 def _optimizer_patch(plan: Plan) -> Patch:
     return Patch(
         dist="deepspeed",
@@ -166,6 +199,7 @@ class ZeroPlan:
     layout:         None when all ranks are data-parallel
     nodes:          groups of a reduction in two levels (gradients.two_level)
     seed:           of stochastic rounding
+    update_norm:    measure the norm of each update
     """
 
     zero: ZeroConfig
@@ -177,6 +211,7 @@ class ZeroPlan:
     layout: Layout | None = None
     nodes: tuple[Any, Any] | None = None
     seed: int = 0
+    update_norm: bool = False
 
 
 def build_engine(parts: Sequence[nn.Module], plan: ZeroPlan) -> Engine:
@@ -201,7 +236,8 @@ def build_engine(parts: Sequence[nn.Module], plan: ZeroPlan) -> Engine:
     shards = plan.shards or {name: Shard.of_whole(tuple(p.shape)) for name, p in parameters.items()}
     check_states(plan, shards)
     names = {id(parameter): name for name, parameter in parameters.items()}
-    updater = Updater(plan.optimizer, {name: shards[name] for name in parameters}, device, seed=plan.seed)
+    held = {name: shards[name] for name in parameters}
+    updater = Updater(plan.optimizer, held, device, seed=plan.seed, norm=plan.update_norm)
     stage, layout = plan.zero.stage, plan.layout
     data_parallel = dist.group.WORLD if layout is None else layout.mpu.get_data_parallel_group()
     dp = dist.get_world_size(data_parallel)
@@ -220,7 +256,7 @@ def build_engine(parts: Sequence[nn.Module], plan: ZeroPlan) -> Engine:
     groups = _groups(parameters.values(), plan, dp)
     deepspeed_groups.mpu = None  # of an earlier engine in this process, which one without an mpu would take for its own
     # It also prints, once a rank, that it built its shared-memory operator.
-    with applied(_PATCH_ENGINE, _optimizer_patch(ours)), contextlib.redirect_stdout(io.StringIO()):
+    with applied(_PATCH_ENGINE, _PATCH_STAGE3, _optimizer_patch(ours)), contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=PartitionedAdamW(groups, updater),
@@ -229,7 +265,7 @@ def build_engine(parts: Sequence[nn.Module], plan: ZeroPlan) -> Engine:
             dist_init_required=False,
         )
     chosen = type(engine.optimizer).__name__
-    wanted = "DeepSpeedZeroOptimizer_Stage3" if stage == 3 else "LowPrecisionZeroOptimizer"
+    wanted = "AskingStage3" if stage == 3 else "LowPrecisionZeroOptimizer"
     if chosen != wanted:
         raise RuntimeError(f"DeepSpeed chose {chosen}, not {wanted}")
     sums = SumGroups(None if stage == 0 or dp == 1 else data_parallel, layout and layout.mpu.get_model_parallel_group())

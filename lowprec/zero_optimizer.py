@@ -21,7 +21,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,51 +30,9 @@ from torch import Tensor
 from lowprec import collectives
 from lowprec.adamw import Tally
 from lowprec.collectives import Payload, next_mu, parse_payload
-from lowprec.fragments import Fragment
-from lowprec.gradients import GradientsConfig, GradientStore
-from lowprec.updater import Updater
-
-
-@dataclass(kw_only=True)
-class Plan:
-    """What the optimizer is told beside DeepSpeed's own arguments.
-
-    names:    id of a parameter -> its name
-    updater:  of this rank
-    gather:   payload of the updated weights' all-gather, or "exact"
-    replicas: stage 0: the group over which gradients are averaged; else None
-    nodes:    (ranks of this node, ranks of this place on all nodes) of a reduction in two levels; else None
-    """
-
-    names: dict[int, str]
-    updater: Updater
-    gradients: GradientsConfig
-    gather: str = "exact"
-    replicas: Any = None
-    nodes: tuple[Any, Any] | None = None
-
-
-@dataclass
-class Piece:
-    """A fragment, where it lies (elements [start, stop) of the rank's partition of `group`), and its gradient."""
-
-    fragment: Fragment
-    group: int
-    start: int
-    stop: int
-    store: GradientStore
-
-
-@dataclass(frozen=True, order=True)
-class _Part:
-    """A range of a bucket that one rank owns; sorted by destination, then by place in the flat buffer."""
-
-    owner: int
-    place: int  # in the group's flat buffer
-    param_id: int = field(compare=False)
-    start: int = field(compare=False)  # in the bucket
-    size: int = field(compare=False)
-
+from lowprec.gradients import GradientStore
+from lowprec.main_grads import MainGrads
+from lowprec.zero_parts import Part, Piece, Plan
 
 _Base: Any = object  # stands for DeepSpeed's class, of which this file knows only what it overrides
 
@@ -94,17 +51,18 @@ class LowPrecisionZero(_Base):
         self.mu = 1.0 if self.payload.automatic else None
         # Micro-batches add up in our stores wherever gradients are not reduced at once.
         self.use_grad_accum_attribute = not self.partition_gradients
+        self._new_store = lambda: GradientStore(self.plan.gradients.accumulate)
         self._accumulators: dict[int, GradientStore] = defaultdict(self._new_store)
+        in_place = self.use_grad_accum_attribute and self.plan.gradients.accumulate == "fp32"
+        self.main_grads = MainGrads((lambda param: self._accumulators[self.get_param_id(param)]) if in_place else None)
         self.errors: dict[int, Tensor] = {}
         self.gradient_bytes = self.sent_bytes = 0
+        self.accept: Callable[[float], bool] | None = None
         self.tally = Tally.nothing()
         self._saturated: list[tuple[Tensor, int]] = []
         self.pieces = list(self._cut())
         self._by_param = {(piece.group, self._id_of[piece.fragment.name]): piece for piece in self.pieces}
         self._drop_unused_masters()
-
-    def _new_store(self) -> GradientStore:
-        return GradientStore(self.plan.gradients.accumulate)
 
     def _cut(self) -> Iterator[Piece]:
         """This rank's fragments, with fresh states."""
@@ -150,9 +108,14 @@ class LowPrecisionZero(_Base):
 
     # Accumulation over micro-batches (stages 0 and 1)
     def _fill_param_grad_accum_attribute(self, param: Any) -> None:
-        if param.grad is not None:
-            self._accumulators[self.get_param_id(param)].add(param.grad)
-            param.grad = None
+        gradient, param.grad = param.grad, None
+        if gradient is not None:
+            self.accumulate(param, gradient)
+
+    def process_gradients(self, param: Any, i: int) -> None:
+        if self.partition_gradients and param in self.main_grads:
+            param.grad = self.main_grads.take(param)  # for the dummy
+        super().process_gradients(param, i)
 
     def get_gradient_for_reduction(self, param: Any) -> Tensor | None:
         if not self.use_grad_accum_attribute:
@@ -185,9 +148,12 @@ class LowPrecisionZero(_Base):
             self._grad_acc_hooks.append(param.register_post_accumulate_grad_hook(self._fill_param_grad_accum_attribute))
         self.set_gradient_accumulation_boundary(True)
 
-    def accumulate(self, param: Any, gradient: Tensor) -> None:
-        """Add a micro-batch's gradient to the parameter's store."""
-        self._accumulators[self.get_param_id(param)].add(gradient)
+    def accumulate(self, param: Any, gradient: Tensor | None) -> None:
+        """Add a micro-batch's gradient to the parameter's store; if its GEMM has, `gradient` says nothing."""
+        if param in self.main_grads:
+            gradient = self.main_grads.take(param)
+        if gradient is not None:
+            self._accumulators[self.get_param_id(param)].add(gradient)
 
     def reduce_accumulated(self) -> None:
         """Reduce what all micro-batches of the step have added up; tied copies first add up over their two ranks."""
@@ -232,7 +198,7 @@ class LowPrecisionZero(_Base):
         return torch.cuda.stream(stream)
 
     def _reduce_bucket(self, tensor: Tensor, bucket: Any) -> None:
-        groups: dict[int, list[_Part]] = defaultdict(list)
+        groups: dict[int, list[Part]] = defaultdict(list)
         start = 0
         for group, index, param_id in bucket.params:
             size = self.bit16_groups[group][index].numel()
@@ -241,17 +207,17 @@ class LowPrecisionZero(_Base):
         for group in sorted(groups):
             self._reduce(tensor, group, sorted(groups[group]))
 
-    def _parts(self, group: int, param_id: int, start: int, size: int) -> list[_Part]:
+    def _parts(self, group: int, param_id: int, start: int, size: int) -> list[Part]:
         """The bucket's range of one parameter cut at the borders of partitions."""
         place, partition = self._places[group][param_id], int(self.partition_size[group])
         borders = [place, *range(-(-place // partition) * partition, place + size, partition), place + size]
         cuts = sorted(set(borders))
         return [
-            _Part(low // partition, low, param_id, start + low - place, high - low)
+            Part(low // partition, low, param_id, start + low - place, high - low)
             for low, high in zip(cuts, cuts[1:], strict=False)
         ]
 
-    def _reduce(self, tensor: Tensor, group: int, parts: list[_Part]) -> None:
+    def _reduce(self, tensor: Tensor, group: int, parts: list[Part]) -> None:
         dp = self.real_dp_process_group[group]
         ranks, rank = dist.get_world_size(dp), dist.get_rank(dp)
         ordered = torch.cat([tensor[part.start : part.start + part.size] for part in parts])
@@ -284,7 +250,7 @@ class LowPrecisionZero(_Base):
                 self._by_param[group, part.param_id].store.add(mine[at : at + part.size])
                 at += part.size
 
-    def _error(self, parts: list[_Part]) -> Tensor:
+    def _error(self, parts: list[Part]) -> Tensor:
         """The residual of a bucket's parts, in their order."""
         sizes = {part.param_id: self.param_dict[part.param_id].numel() for part in parts}
         for param_id, size in sizes.items():
@@ -292,11 +258,11 @@ class LowPrecisionZero(_Base):
                 self.errors[param_id] = torch.zeros(size, dtype=torch.bfloat16, device=self.device)
         return torch.cat([self.errors[part.param_id][self._within(part, parts)] for part in parts])
 
-    def _keep_error(self, parts: list[_Part], error: Tensor) -> None:
+    def _keep_error(self, parts: list[Part], error: Tensor) -> None:
         for part, piece in zip(parts, error.split([part.size for part in parts]), strict=True):
             self.errors[part.param_id][self._within(part, parts)] = piece
 
-    def _within(self, part: _Part, parts: list[_Part]) -> slice:
+    def _within(self, part: Part, parts: list[Part]) -> slice:
         """Where a part lies in its parameter."""
         first = min(each.place for each in parts if each.param_id == part.param_id)
         return slice(part.place - first, part.place - first + part.size)
@@ -307,13 +273,16 @@ class LowPrecisionZero(_Base):
 
     # The step
     def step(self, closure: Callable | None = None) -> None:
-        """Norm and overflow over all ranks, clipping, update, new working weights everywhere."""
+        """Norm and overflow over all ranks, clipping, update, new working weights everywhere.
+
+        A norm that is not finite, or that `accept` refuses, leaves weights and states as they are.
+        """
         self.micro_step_id = -1
         self.gradient_bytes = max(self.gradient_bytes, self._held_gradients())
         norm = self._norm()
-        self.overflow = not math.isfinite(norm)
+        self._global_grad_norm = norm if math.isfinite(norm) else float("inf")
+        self.overflow = not math.isfinite(norm) or self.accept is not None and not self.accept(norm)
         self._update_scale(self.overflow)
-        self._global_grad_norm = float("inf") if self.overflow else norm
         if not self.overflow:
             excess = (norm + 1e-6) / self.clip_grad if self.clip_grad else 0.0
             lr = self.optimizer.param_groups[0]["lr"]

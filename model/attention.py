@@ -14,6 +14,8 @@ faster than expanding the keys and values first.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,7 +53,10 @@ def attention_core(
 
 
 class Attention(nn.Module):
-    """x [B, S, hidden] -> [B, S, hidden]."""
+    """x [B, S, hidden] -> [B, S, hidden].
+
+    core: what takes the arguments of `attention_core`; another library's may take its place
+    """
 
     def __init__(self, config: ModelConfig, gemm_dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -59,6 +64,7 @@ class Attention(nn.Module):
         self.head_size, self.q_per_kv = size, config.q_per_kv
         self.recompute_core = config.recompute == "selective"
         self.gemm_dtype = gemm_dtype
+        self.core: Callable[..., Tensor] = attention_core
         self.qkv = Linear(config.hidden_size, config.qkv_size, bias=config.bias, dtype=dtype, gemm_dtype=gemm_dtype)
         self.out = Linear(config.q_size, config.hidden_size, bias=config.bias, dtype=dtype, gemm_dtype=gemm_dtype)
         self.qk_norm = config.qk_norm
@@ -76,7 +82,7 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         core = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, self.gemm_dtype)
         if self.recompute_core:
-            y = checkpoint(attention_core, *core, use_reentrant=False, preserve_rng_state=False)
+            y = checkpoint(self.core, *core, use_reentrant=False, preserve_rng_state=False)
         else:
-            y = attention_core(*core)
+            y = self.core(*core)
         return self.out(y.transpose(1, 2).flatten(2))

@@ -20,6 +20,7 @@ from typing import Literal
 
 from model.mamba import MambaConfig
 
+MOST_LAYERS, MOST_PARAMETERS = 10_000, 10**15
 KINDS = "M*-"  # of sublayers, in Megatron-LM's notation: Mamba-2, attention, FFN
 
 
@@ -139,6 +140,8 @@ class ModelConfig:
         sizes = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "ffn_size")
         values = {name: getattr(self, name) for name in sizes}
         found = [f"{name} is {n}: it must be at least 1" for name, n in values.items() if n is not None and n < 1]
+        if self.num_layers > MOST_LAYERS:
+            found.append(f"num_layers is {self.num_layers}: more than {MOST_LAYERS:,} are a mistake")
         if found:
             return found
         if self.num_heads % self.kv_heads:
@@ -150,7 +153,10 @@ class ModelConfig:
         for name in ("norm_eps", "rope_theta", "init_std"):
             if getattr(self, name) <= 0:
                 found.append(f"{name} is {getattr(self, name)}: it must be positive")
-        return found + self._pattern_problems()
+        found += self._pattern_problems()
+        if not found and (count := self.parameter_count()) > MOST_PARAMETERS:
+            found.append(f"these sizes make {count:.1e} parameters; more than {MOST_PARAMETERS:.0e} are a mistake")
+        return found
 
     def _pattern_problems(self) -> list[str]:
         pattern, found = self.pattern, []

@@ -31,12 +31,13 @@ def folder_name(step: int) -> str:
 
 
 def pointed(root: Path) -> Path | None:
-    """The checkpoint that the pointer in `root` names; None if there is no pointer or it names nothing."""
+    """The checkpoint in `root` that its pointer names; None if there is no pointer or it names none, or a path."""
     pointer = root / POINTER
     if not pointer.is_file():
         return None
-    target = root / pointer.read_text(encoding="utf-8", errors="replace").strip()
-    return target if _step(target) is not None and target.is_dir() else None
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip()
+    target = root / name
+    return target if target.name == name and _step(target) is not None and target.is_dir() else None
 
 
 def _step(path: Path) -> int | None:
@@ -52,6 +53,12 @@ def by_age(root: Path) -> list[Path]:
     newest = pointed(root)
     last = steps[newest] if newest else max(steps.values(), default=0)
     return sorted(steps, key=lambda path: (steps[path] > last, -steps[path]))
+
+
+def before(root: Path, step: int) -> list[Path]:
+    """Checkpoint directories in `root` of at most `step` steps, the latest first."""
+    found = {path: number for path in by_age(root) if (number := _step(path)) is not None and number <= step}
+    return sorted(found, key=lambda path: -found[path])
 
 
 def begin(root: Path, step: int) -> Path:

@@ -10,9 +10,9 @@ rank rather than to the model (states of generators, residuals of error feedback
 through DCP; everything else is JSON; nothing is unpickled without restriction (dcp_index.py). Because a key speaks of
 the whole logical tensor, a checkpoint does not depend on the ZeRO stage or on the number of ranks that saved it.
 
-Saving is three agreements of all ranks (agree.py): the directory is there; the data is written; every file is
-synced and hashed and the directory renamed. Until the last rename the older checkpoints and the pointer are as
-they were; after any failure every rank raises the same CheckpointError and the unfinished directory is removed.
+Saving is three agreements of all ranks (agree.py): the directory is there; the data is written; every file is synced,
+the manifest written and the directory renamed. Until that rename the older checkpoints and the pointer are as they
+were; after any failure every rank raises the same CheckpointError and the unfinished directory is removed.
 
 Loading is two: `resolve` (or `open_checkpoint`) verifies every file, each rank a share, and returns a `Checkpoint`;
 `load` compares names, shapes and types with the live fragments and fills them in place.
@@ -130,9 +130,9 @@ def save(
 
     try:
         shapes = ranks.agree(gather, prepare, what)
-        dcp.write(folder, state, ranks, what)
+        written = dcp.write(folder, state, ranks, what)
         content = {"step": step, "ranks": ranks.size, "shapes": shapes, "run": meta}
-        return ranks.agree(lambda: _finish_files(folder, content, ranks.rank), complete, what)
+        return ranks.agree(lambda: _finish_files(folder, content, written, ranks.rank), complete, what)
     except Exception:
         ranks.agree(lambda: None, lambda _: catalog.abandon(folder), what)
         raise
@@ -168,13 +168,14 @@ def _merge(per_rank: list[dict[str, tuple[int, ...]]]) -> dict[str, tuple[int, .
     return merged
 
 
-def _finish_files(folder: Path, content: dict[str, Any], rank: int) -> dict[str, FileRecord]:
-    """Sync and hash what this rank wrote; rank 0 also writes meta.json and answers for the index."""
-    mine = list(folder.glob(dcp.file_prefix(rank) + "*"))
-    if rank == 0:
-        write_text(folder / META_FILE, to_json(content))
-        mine += [folder / META_FILE, folder / INDEX_FILE]
-    return seal(mine)
+def _finish_files(
+    folder: Path, content: dict[str, Any], written: Mapping[str, FileRecord], rank: int
+) -> dict[str, FileRecord]:
+    """Sync what this rank wrote; rank 0 also writes meta.json and answers for the index."""
+    if rank:
+        return seal(folder, written, ())
+    write_text(folder / META_FILE, to_json(content))
+    return seal(folder, written, (META_FILE, INDEX_FILE))
 
 
 def open_checkpoint(path: Path, group: dist.ProcessGroup | None = None) -> Checkpoint:
@@ -203,17 +204,17 @@ def _open(path: Path, ranks: Ranks) -> Checkpoint:
     return ranks.agree(check, describe, f"checkpoint {path} cannot be used")
 
 
-def newest(run_dir: Path, group: dist.ProcessGroup | None = None) -> Checkpoint | None:
+def newest(run_dir: Path, group: dist.ProcessGroup | None = None, *, step: int | None = None) -> Checkpoint | None:
     """The newest valid checkpoint of a run, None if it has none at all. Collective over `group`.
 
+    step: the latest one of at most so many steps instead
     A damaged one is named in the log and the next older one is taken. Raises CheckpointError if all are damaged.
     """
     ranks = Ranks.of(group)
     root = Path(run_dir) / catalog.FOLDER
     # Rank 0's view of the directory decides: another node may see a stale one.
-    candidates = ranks.agree(
-        lambda: catalog.by_age(root) if ranks.rank == 0 else [], lambda found: found[0], f"cannot read {root}"
-    )
+    look = lambda: catalog.by_age(root) if step is None else catalog.before(root, step)  # noqa: E731
+    candidates = ranks.agree(lambda: look() if ranks.rank == 0 else [], lambda found: found[0], f"cannot read {root}")
     for path in candidates:
         try:
             return _open(path, ranks)

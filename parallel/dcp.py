@@ -50,6 +50,8 @@ from lowprec.codecs import UNIT
 from lowprec.fragments import Shard, matrix_shape
 from parallel import dcp_index
 from parallel.agree import Ranks, describe, summary
+from parallel.hashed_file import HashedFile
+from parallel.manifest import FileRecord
 from parallel.rectangles import rectangles, stored_shape
 
 # Two files a rank, synced by the caller afterwards: 1.3 times as fast as one file, 2.2 times as fast as DCP's own
@@ -186,15 +188,18 @@ class RestoringPlanner(DefaultLoadPlanner):
 
 
 class _Files(filesystem.FileSystem):
-    """DCP's file access that remembers what went wrong in any of its threads."""
+    """DCP's file access that remembers what was written, and what went wrong, in any of its threads."""
 
     def __init__(self) -> None:
         self.errors: list[Exception] = []
+        self.records: dict[str, FileRecord] = {}
 
     @contextmanager
-    def create_stream(self, path: Path, mode: str) -> Generator[IO[bytes], None, None]:
+    def create_stream(self, path: Path, mode: str) -> Generator[IO[bytes] | HashedFile, None, None]:
+        path = Path(path)
+        data = mode == "wb" and path.suffix == filesystem.DEFAULT_SUFFIX
         try:
-            stream = Path(path).open(mode)
+            stream = HashedFile(path) if data else path.open(mode)
         except OSError as error:
             self.errors.append(error)
             raise
@@ -202,6 +207,8 @@ class _Files(filesystem.FileSystem):
             # No CRC: the manifest has SHA-256.
             with stream, serialization.patch("save.compute_crc32", False):  # pyright: ignore[reportAttributeAccessIssue]
                 yield stream
+            if isinstance(stream, HashedFile):
+                self.records[path.name] = stream.record
         except Exception as error:  # raised by Writer in the caller's thread
             self.errors.append(_system_error(error, path))
 
@@ -253,16 +260,14 @@ class Reader(filesystem.FileSystemReader):
         return self.index
 
 
-def write(folder: Path, state: State, ranks: Ranks, what: str) -> None:
-    """Write the boxes of all ranks and the index into the existing `folder`. Collective.
+def write(folder: Path, state: State, ranks: Ranks, what: str) -> dict[str, FileRecord]:
+    """Write the boxes of all ranks and the index into the existing `folder`; the data files of this rank. Collective.
 
     Raises CheckpointError("<what>: ...") on all ranks if any fails.
     """
-    _collective(
-        lambda **group: save(state, storage_writer=Writer(folder), planner=SavePlanner(), **group),
-        ranks,
-        what,
-    )
+    writer = Writer(folder)
+    _collective(lambda **group: save(state, storage_writer=writer, planner=SavePlanner(), **group), ranks, what)
+    return writer.fs.records
 
 
 def read(folder: Path, index: Metadata, state: State, ranks: Ranks) -> None:
@@ -287,8 +292,3 @@ def _collective(call: Callable[..., Any], ranks: Ranks, what: str) -> None:
                 raise error from None
         reasons = {rank: describe(error) for rank, error in errors.items()}
         raise CheckpointError(f"{what}: {summary(reasons, ranks.size)}") from failed
-
-
-def file_prefix(rank: int) -> str:
-    """How the names of the data files that a rank writes begin."""
-    return f"__{rank}_"

@@ -1,8 +1,9 @@
 """What makes a directory of files a checkpoint: a manifest with the size and SHA-256 of each of them.
 
-DCP and torch.load notice neither a flipped byte nor a zeroed page, and a file cut short only sometimes. So every
-rank syncs and hashes the files that it wrote, rank 0 writes `manifest.json` when all have done so, and nothing is
-read from a checkpoint before every file was found as listed. A directory without a manifest is not a checkpoint.
+DCP and torch.load notice neither a flipped byte nor a zeroed page, and a file cut short only sometimes. So every rank
+hashes its files while it writes them (hashed_file.py) and syncs them, rank 0 writes `manifest.json` when all have done
+so, and nothing is read from a checkpoint before every file was found as listed. A directory without a manifest is not
+a checkpoint.
 
     {"format": 1, "files": {".metadata": {"size": 2210, "sha256": "9f..."}, "__0_0.distcp": {...}, ...}}
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,14 +59,13 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
 
 
-def seal(paths: Iterable[Path]) -> dict[str, FileRecord]:
-    """Sync the files and describe them, keyed by file name; fsync and hashing overlap."""
-    paths = list(paths)
+def seal(folder: Path, written: Mapping[str, FileRecord], others: Iterable[str]) -> dict[str, FileRecord]:
+    """Sync the files `written`, whose records are known, and `others`; the records of all, keyed by file name."""
+    others = list(others)
     with ThreadPoolExecutor(THREADS) as pool:
-        records = pool.map(_record, paths)
-        for done in pool.map(sync, paths):
+        for done in pool.map(lambda name: sync(folder / name), [*written, *others]):
             assert done is None
-        return {path.name: record for path, record in zip(paths, records, strict=True)}
+    return {**written, **{name: _record(folder / name) for name in others}}
 
 
 def _record(path: Path) -> FileRecord:
@@ -93,7 +93,7 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
         raise CheckpointError(f"{path} is missing: not a checkpoint, or not a complete one") from error
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-    if strange := [name for name in files if name != Path(name).name]:
+    if strange := [name for name in files if name == ".." or name != Path(name).name]:
         raise CheckpointError(f"{path} lists {strange[:3]}, which are not names of files beside it")
     return files
 

@@ -192,17 +192,65 @@ class Pipeline:
         for stage, part in self._parts.items():
             x = batch.tokens if stage == 0 else kept
             if stage and rank_of(stage - 1, self.config) != self.mesh.pp_rank:
-                x = self.hidden.empty()
-                dist.recv(x, self._peer(stage - 1), group=self.mesh.pp_group)
+                x = self._received(stage - 1)
             y = part(x, None, **keywords)
             kept = None
             if stage == self.config.stages - 1:
                 found = part.cross_entropy(y, batch.labels)[1]
-            elif rank_of(stage + 1, self.config) == self.mesh.pp_rank:
-                kept = y
             else:
-                dist.send(y.contiguous(), self._peer(stage + 1), group=self.mesh.pp_group)
+                kept = y if rank_of(stage + 1, self.config) == self.mesh.pp_rank else None
+                self._pass_on(stage + 1, y)
         return found
+
+    def gradients(self, batch: MicroBatch) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """One micro-batch forth and back through all stages, one after the other, beside training: no accumulator sees
+        it. Its cross-entropy on the last stage, None elsewhere; the gradients of this rank's parameters by name.
+        """
+        keywords = _keywords([0], [batch])
+        del keywords["row"]
+        passed: dict[int, tuple[Tensor, Tensor]] = {}  # stage -> what came in and what it made of it
+        found: Tensor | None = None
+        for stage, part in self._parts.items():
+            x = self._receive(stage, stage - 1, batch.tokens, passed)
+            y = part(x, None, **keywords)
+            if stage == self.config.stages - 1:
+                y, found = part.cross_entropy(y, batch.labels)
+            else:
+                self._pass_on(stage + 1, y)
+            passed[stage] = x, y
+        sums: dict[str, Tensor] = {}
+        slope: Tensor | None = None  # what a stage gives to the one before it on the same rank
+        for stage, part in reversed(self._parts.items()):
+            x, y = passed.pop(stage)
+            if stage < self.config.stages - 1 and rank_of(stage + 1, self.config) != self.mesh.pp_rank:
+                slope = self._received(stage + 1)
+            names, parameters = zip(*part.named_parameters(), strict=True)
+            inputs = parameters if stage == 0 else (*parameters, x)
+            made = torch.autograd.grad(y, inputs, slope if stage < self.config.stages - 1 else None)
+            for name, gradient in zip(names, made, strict=False):  # an embedding may be in two stages of this rank
+                sums[name] = sums[name] + gradient if name in sums else gradient
+            slope = made[-1]
+            if stage:
+                self._pass_on(stage - 1, slope)
+        return None if found is None else found.detach(), sums
+
+    def _receive(self, stage: int, before: int, tokens: Tensor, passed: dict[int, tuple[Tensor, Tensor]]) -> Tensor:
+        """The input of `stage`, a leaf of its own graph."""
+        if stage == 0:
+            return tokens
+        here = rank_of(before, self.config) == self.mesh.pp_rank
+        return (passed[before][1].detach() if here else self._received(before)).requires_grad_()
+
+    def _received(self, stage: int) -> Tensor:
+        """What the rank that has `stage` sends."""
+        x = self.hidden.empty()
+        dist.recv(x, self._peer(stage), group=self.mesh.pp_group)
+        return x
+
+    def _pass_on(self, stage: int, x: Tensor) -> None:
+        """Send to the rank that has `stage`, unless that is this one."""
+        if rank_of(stage, self.config) != self.mesh.pp_rank:
+            dist.send(x.detach().contiguous(), self._peer(stage), group=self.mesh.pp_group)
 
     def _peer(self, stage: int) -> int:
         """Global rank of the rank that has `stage`."""

@@ -22,7 +22,8 @@ the plain ones (lowprec/apply.py); `connect` comes last.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -188,12 +189,14 @@ def connect(
         return
     for part in parts:
         for name, module in list(part.named_modules()):
+            if getattr(module, "communicates", False):  # by itself: another library's layer, or a part of one
+                continue
             style = style_of(name)
             if style == "columns":
                 module.skip_bias = True  # it must be added once, after the sum
                 module.register_forward_hook(_leave(tp, module.bias))
             elif enters(name):
-                module.register_forward_pre_hook(_enter(tp, payloads.get(name)))
+                module.register_forward_pre_hook(Enter(tp, payloads.get(name)))
         if hasattr(part, "embedding"):
             part.embedding = VocabularyEmbedding(part.embedding.weight, tp.rank, tp.group, sp=tp.sp)
         if hasattr(part, "cross_entropy"):
@@ -203,15 +206,30 @@ def connect(
                 parameter.register_hook(sync)
 
 
-def _enter(
-    tp: TensorParallel, payload: Payload | None
-) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    function: Any = partial(comm.gather_sequence, payload=payload) if tp.sp else comm.copy
+@dataclass
+class Enter:
+    """The hook before a module whose input is gathered. payload: what it travels in where that is not exact."""
 
-    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return function(inputs[0], tp.group), *inputs[1:]
+    tp: TensorParallel
+    payload: Payload | None
 
-    return hook
+    def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        function: Any = partial(comm.gather_sequence, payload=self.payload) if self.tp.sp else comm.copy
+        return function(inputs[0], self.tp.group), *inputs[1:]
+
+
+@contextmanager
+def exact_inputs(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Gathered inputs travel as they are, for as long as this lasts."""
+    hooks = [hook for part in parts for module in part.modules() for hook in module._forward_pre_hooks.values()]
+    held = [(hook, hook.payload) for hook in hooks if isinstance(hook, Enter)]
+    for hook, _ in held:
+        hook.payload = None
+    try:
+        yield
+    finally:
+        for hook, payload in held:
+            hook.payload = payload
 
 
 def _leave(tp: TensorParallel, bias: Tensor | None) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:

@@ -29,6 +29,7 @@ from report.flops import cpu_name, device_name
 
 PACKAGES = ("torch", "deepspeed", "numpy", "transformer-engine", "torchao", "triton")
 ROOT = Path(__file__).resolve().parent.parent
+SNAPSHOT = "SNAPSHOT.json"
 GIT_TIMEOUT_S = 20  # a work tree on a slow network disk
 
 
@@ -102,10 +103,13 @@ def versions() -> dict[str, str]:
 
 
 def git_state(root: Path) -> dict[str, Any] | None:
-    """{"commit": hash, "dirty": bool}; None unless `root` is the top of a readable git work tree.
+    """{"commit": hash, "dirty": bool}; None unless `root` is the top of a readable git work tree, or a snapshot of one.
 
-    Dirty counts changed and new files that are not ignored: either can change what runs.
+    Dirty counts changed and new files that are not ignored: either can change what runs. A snapshot (slurm/snapshot.py)
+    says itself what it was taken of.
     """
+    if (snapshot := root / SNAPSHOT).is_file():
+        return json.loads(snapshot.read_text())
     try:
         top, commit = _git(root, "rev-parse", "--show-toplevel", "HEAD").splitlines()
         dirty = bool(_git(root, "status", "--porcelain"))

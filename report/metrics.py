@@ -22,7 +22,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -66,7 +66,8 @@ class StepRecord:
     (1e12 model FLOP/s) and mfu (fraction of the peak; None when the peak is wrong) are per device.
     nan: the loss or the gradient was not finite; skipped: the weights were not updated. sent_bytes: of gradients and
     updated weights, by rank 0. edq (effective descent quality over its ideal, Collage) and lost_updates (share of the
-    weights that should have moved and did not) are None where weights have FP32 or scaled FP16 masters.
+    weights that should have moved and did not) are None where weights have FP32 or scaled FP16 masters. update_norm: of
+    the change of all weights; None where it was not measured, or nothing was updated.
     """
 
     step: int
@@ -87,6 +88,7 @@ class StepRecord:
     sent_bytes: int = 0
     edq: float | None = None
     lost_updates: float | None = None
+    update_norm: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,11 +141,12 @@ class MetricsWriter:
     """Appends records to RUN/metrics.jsonl. Make one, on one rank, after the checkpoint is chosen.
 
     start_step: the step resumed from, 0 for a fresh run; every line after it is moved away first.
+    name: of another file of records that is kept in the same way, without its suffix.
     `discarded` counts the lines moved.
     """
 
-    def __init__(self, run_dir: Path, start_step: int = 0) -> None:
-        path = run_dir / "metrics.jsonl"
+    def __init__(self, run_dir: Path, start_step: int = 0, name: str = "metrics") -> None:
+        path = run_dir / f"{name}.jsonl"
         self.discarded = _discard_after(path, start_step) if path.exists() else 0
         self._out = AppendOnly(path)
 
@@ -162,6 +165,10 @@ class MetricsWriter:
     def note(self, kind: str, step: int, values: Mapping[str, object]) -> None:
         """Write another kind of record about `step`."""
         self._write({"kind": kind, "step": step, **values})
+
+    def notes(self, step: int, records: Sequence[Mapping[str, object]]) -> None:
+        """Write several records about `step` at once; each has its kind."""
+        self._out.write(b"".join(_line({"kind": record["kind"], "step": step, **record}) for record in records))
 
     def _write(self, values: Mapping[str, object]) -> None:
         self._out.write(_line(values))
@@ -206,7 +213,7 @@ def _discard_after(path: Path, start_step: int) -> int:
                     kept.write(line.rstrip(b"\n") + b"\n")  # the newline may be torn off
             _sync(kept)
         if dropped:
-            with open(path.with_name("metrics.discarded.jsonl"), "ab") as discarded:
+            with open(path.with_name(f"{path.stem}.discarded.jsonl"), "ab") as discarded:
                 discarded.writelines(dropped)
                 _sync(discarded)
         os.replace(partial, path)

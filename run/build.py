@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,8 @@ from run.local import DTYPES, build_local, initial_weights
 from run.records import Records, Scale
 from run.signals import StopRequest
 from run.state import AMAX, Run, restore_random_states
+from run.stragglers import Stragglers
+from run.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,30 @@ def build(
     resume: auto (the newest valid checkpoint of the run directory, if any), never, or the path of a checkpoint.
     allow_precision_change: resume under another precision table than the checkpoint's.
     """
-    stop = StopRequest()
+    find = lambda: checkpoint.resolve(Path(recipe.run.dir), resume)  # noqa: E731
+    run, start = assemble(recipe, launch, find, allow_precision_change=allow_precision_change)
+    if run.mesh.rank == 0:
+        _open_records(run, launch, start, resume, wandb_mode)
+        peak, flops = run.records.scale.peak, run.records.scale.flops_per_token
+        run.records.message(f"peak {peak}; {flops / 1e6:.1f} MFLOP a token")
+        run.records.message(f"precision policy {recipe.precision.policy}\n{run.precision.describe()}")
+        if run.local.backend is not None:
+            run.records.message(run.local.backend.news)
+    if start is not None:
+        run.prove_resume(start)
+    run.watchdog.start(run.step)
+    return run
+
+
+def assemble(
+    recipe: Recipe,
+    launch: Launch,
+    find: Callable[[], checkpoint.Checkpoint | None],
+    *,
+    allow_precision_change: bool = False,
+) -> tuple[Run, checkpoint.Checkpoint | None]:
+    """A run that stands where the checkpoint of `find` does, or at its start, and writes nothing yet. Collective."""
+    stop = StopRequest(launch.end_time and launch.end_time - recipe.run.stop_before_s)
     device = choose_device(recipe.device, launch)
     keep_memory()
     use_all_cores(device, launch)
@@ -59,7 +84,7 @@ def build(
     _check_validation(recipe, data)
     join(device, launch, recipe.parallel.timeout_s)
     mesh = build_mesh(recipe.parallel)
-    start = checkpoint.resolve(Path(recipe.run.dir), resume)
+    start = find()
     # A resumed run multiplies as before: another order of additions would not be bit-equal.
     saved = start.meta.get("gemm_dtype") if start is not None and device.type == "cpu" else None
     gemm_dtype = getattr(torch, saved) if saved else _gemm_dtype(DTYPES[recipe.model.dtype], device)
@@ -72,19 +97,16 @@ def build(
         peak=find_peak(device, gemm_dtype),
         devices=mesh.world_size,
         device=device,
+        node_size=launch.local_world_size,
     )
     records = Records(recipe, scale)
     announce = lambda path: records.message(f"saved {path}")  # noqa: E731
     saver = Saver(Path(recipe.run.dir), recipe.checkpoint, announce, recipe.parallel.timeout_s)
-    run = Run(recipe, mesh, device, data, local, records, saver, stop)
-    _restore(run, start, allow_precision_change)
-    if mesh.rank == 0:
-        _open_records(run, launch, start, resume, wandb_mode)
-        run.records.message(f"peak {scale.peak}; {scale.flops_per_token / 1e6:.1f} MFLOP a token")
-        run.records.message(f"precision policy {recipe.precision.policy}\n{run.precision.describe()}")
+    watchdog = Watchdog(recipe.watch, Path(recipe.run.dir), mesh.rank, recipe.parallel.timeout_s)
+    run = Run(recipe, mesh, device, data, local, records, saver, stop, watchdog, Stragglers(recipe.watch, device))
     if start is not None:
-        run.prove_resume(start)
-    return run
+        restore(run, start, allow_precision_change=allow_precision_change)
+    return run, start
 
 
 def _check_validation(recipe: Recipe, data: Data) -> None:
@@ -99,10 +121,11 @@ def _gemm_dtype(model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if chosen else model_dtype
 
 
-def _restore(run: Run, start: checkpoint.Checkpoint | None, allow_precision_change: bool) -> None:
-    """Continue from `start`: weights, optimizer states, update count, amax histories, position, random states."""
-    if start is None:
-        return
+def restore(run: Run, start: checkpoint.Checkpoint, *, allow_precision_change: bool = False) -> None:
+    """Continue from `start`: weights, optimizer states, update count, amax histories, position, random states.
+
+    Collective. The run may be fresh, or at any later step.
+    """
     if start.meta["precision"] != run.precision.table() and not allow_precision_change:
         raise CheckpointError(
             f"{start.path} was trained under another precision table ({start.meta['recipe']['precision']['policy']}, "
@@ -112,6 +135,7 @@ def _restore(run: Run, start: checkpoint.Checkpoint | None, allow_precision_chan
     run.engine.updates = start.meta["updates"]
     run.engine.refresh_weights()
     run.step, run.samples = start.step, start.meta["samples"]
+    run.guard.load(start.meta.get("spikes", {}))
     if start.meta.get("layout", run.layout()) != run.layout():
         log.warning("the checkpoint is of another layout: random states and residuals of error feedback begin anew")
         return
@@ -144,7 +168,7 @@ def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Itera
     """`section.key: old -> new` for each key of the recipe that differs and can change what is computed."""
     for key in sorted(old.keys() | new.keys()):
         path = f"{prefix}{key}"
-        if path in {"name", "description", "run", "metrics", "train.stop_at"}:
+        if path in {"name", "description", "run", "metrics", "watch", "train.stop_at"}:
             continue
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):

@@ -21,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from errors import UsageError
 from lowprec.apply import Precision
+from lowprec.backend import reasons_of_the_recipe
 from lowprec.linear import SLOT_AXES, specs_of
 from lowprec.policy import brief
 from lowprec.quantized import block_of
@@ -29,7 +30,7 @@ from model.weights import parameter_shapes
 from parallel.mesh import Mesh, ParallelConfig, build_mesh
 from parallel.pipeline import rank_of, stage_range
 from recipe import Recipe, refuse
-from run.local import DTYPES, Placed, give_precision, place_parts, stage_layers, zero_plan
+from run.local import DTYPES, Placed, give_precision, place_parts, situation, stage_layers, zero_plan
 
 META = torch.device("meta")
 T = TypeVar("T")
@@ -53,6 +54,8 @@ def dry_run(recipe: Recipe, world_size: int | None = None, rank: int | None = No
         mesh = build_mesh(recipe.parallel)
         placed = _place(recipe, mesh)
         precision = _attempt(problems, lambda: give_precision(recipe, mesh, placed, _dtype(recipe)))
+        if recipe.precision.backend == "te" and precision is not None:
+            problems += reasons_of_the_recipe(situation(recipe, mesh, placed, META.type))
         plan = zero_plan(recipe, mesh, placed)
         _attempt(problems, lambda: check_states(plan, placed.held))
         refuse(recipe, problems)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from errors import UsageError
+from errors import UsageError, UserError
 from run.meeting import fresh_store
 
 
@@ -23,6 +23,7 @@ class Launch:
     meets:    ranks meet at the address in the environment (torchrun's, or set by hand); else this process is alone
     torchrun: started by torchrun, which restarts what ends with another code than 0
     threads:  CPU threads that the user asked for (OMP_NUM_THREADS), None if not said
+    end_time: when the job's time is over, in seconds since the epoch; None: not known
     """
 
     rank: int = 0
@@ -32,6 +33,7 @@ class Launch:
     meets: bool = False
     torchrun: bool = False
     threads: int | None = None
+    end_time: float | None = None
 
 
 def choose_device(wanted: str, launch: Launch) -> torch.device:
@@ -49,7 +51,10 @@ def choose_device(wanted: str, launch: Launch) -> torch.device:
 
 
 def join(device: torch.device, launch: Launch, timeout_s: int) -> None:
-    """Initialise the default process group: gloo on CPU, NCCL on CUDA. Raises UsageError if it cannot meet."""
+    """Initialise the default process group: gloo on CPU, NCCL on CUDA.
+
+    Raises UsageError if the port is taken, UserError if the others did not come within `timeout_s`.
+    """
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
     if not launch.meets:
@@ -61,7 +66,9 @@ def join(device: torch.device, launch: Launch, timeout_s: int) -> None:
         store = fresh_store(found, rank, world_size, timeout_s)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        raise UsageError(
+        # A taken port is the user's to mend; a rank or a node that did not come may come the next time.
+        kind = UsageError if "already in use" in str(error) else UserError
+        raise kind(
             f"rank {launch.rank} cannot join the process group: {str(error).splitlines()[0]}; "
             "if the port is taken, choose another (MASTER_PORT, or torchrun --master-port), else check that the nodes "
             "reach each other"

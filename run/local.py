@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from errors import UsageError
-from lowprec.apply import Precision, RunFacts
+from lowprec.apply import Precision, RunFacts, phases
+from lowprec.backend import Backend, Situation, choose
 from lowprec.engine import Engine
 from lowprec.fragments import Fragment, Shard, matrix_shape
 from lowprec.linear import Place
@@ -34,18 +36,23 @@ from parallel import tensor
 from parallel.mesh import SPLIT_BACKWARD, Mesh, Mpu, node_groups
 from parallel.pipeline import Callbacks, Hidden, Pipeline, balance, stage_range, stages_of
 from recipe import Recipe, load_policy
+from run.joints import joints
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Local:
-    """parts: the model, or this rank's stages of it; pipeline: None without pipeline parallelism."""
+    """parts: the model, or this rank's stages of it; pipeline: None without pipeline parallelism.
+
+    backend: what multiplies the quantized linears, and why; None if there are none
+    """
 
     parts: Sequence[Transformer]
     precision: Precision
     engine: Engine
     pipeline: Pipeline | None
+    backend: Backend | None
 
 
 @dataclass(frozen=True)
@@ -65,13 +72,16 @@ def build_local(
     node_size: processes a node; by default all are on one
     """
     placed = place_parts(recipe, mesh, device, gemm_dtype)
-    precision = give_precision(recipe, mesh, placed, gemm_dtype)
+    backend = choose(situation(recipe, mesh, placed, device.type))
+    precision = give_precision(recipe, mesh, placed, gemm_dtype, backend)
     parts = placed.parts
     if should_compile(recipe, device):
         compile_parts(parts)
     nodes = node_groups(mesh, node_size or mesh.world_size) if recipe.gradients.two_level else None
     engine = build_engine(parts, replace(zero_plan(recipe, mesh, placed), nodes=nodes))
-    return Local(parts, precision, engine, _pipeline(recipe, mesh, device, parts, precision, engine))
+    if backend is not None and backend.te and recipe.precision.wgrad_output == "fp32":
+        engine.lend_main_grads([layer.weight for layer in precision.layers.values()], split=_split_backward(recipe))
+    return Local(parts, precision, engine, _pipeline(recipe, mesh, device, parts, precision, engine), backend)
 
 
 def place_parts(recipe: Recipe, mesh: Mesh, device: torch.device, gemm_dtype: torch.dtype) -> Placed:
@@ -86,11 +96,52 @@ def place_parts(recipe: Recipe, mesh: Mesh, device: torch.device, gemm_dtype: to
     return Placed(parts, held, tp)
 
 
-def give_precision(recipe: Recipe, mesh: Mesh, placed: Placed, gemm_dtype: torch.dtype) -> Precision:
-    """Put the recipe's policy to work on the placed modules, then the communication around them. Raises UsageError."""
-    precision = _precision(recipe, mesh, placed.parts, placed.held, gemm_dtype)
+def give_precision(
+    recipe: Recipe, mesh: Mesh, placed: Placed, gemm_dtype: torch.dtype, backend: Backend | None = None
+) -> Precision:
+    """Put the recipe's policy to work on the placed modules, then the communication around them. Raises UsageError.
+
+    backend: whose layers run it; None: ours
+    """
+    facts = replace(_facts(recipe, mesh, placed), gemm_dtype=gemm_dtype)
+    if backend is not None:
+        facts = replace(facts, swap=backend.swap(joints(placed.parts), placed.tp.sp))
+    precision = Precision(placed.parts, load_policy(recipe.precision.policy), recipe.precision, facts)
+    for part in placed.parts:
+        part.recompute_context = precision.recompute_context
     tensor.connect(placed.parts, placed.held, placed.tp, _payloads(recipe, precision))
     return precision
+
+
+def situation(recipe: Recipe, mesh: Mesh, placed: Placed, device: str) -> Situation:
+    """What decides whose layers can run the recipe, the same on all ranks."""
+    facts, shapes = _facts(recipe, mesh, placed), {}
+    for name in facts.linears or ():
+        shard = placed.held[f"{name}.weight"]
+        shapes[name] = (sum(run.rows for run in shard.runs), shard.columns[1])
+    tables = phases(shapes, load_policy(recipe.precision.policy), recipe.precision, facts)
+    tokens = recipe.train.micro_batch * recipe.train.seq_len // (mesh.tp if recipe.parallel.sp else 1)
+    return Situation([table for _, table in tables], shapes, tokens, device, recipe.precision, _without_te(recipe))
+
+
+def _without_te(recipe: Recipe) -> list[str]:
+    """Settings that Transformer Engine's layers do not join in."""
+    found, parallel, model = [], recipe.parallel, recipe.model
+    if recipe.zero.stage == 3:
+        found.append("zero.stage is 3, which frees weights that its layers keep for the backward; use stage 0 to 2")
+    if parallel.sp_payload != "exact":
+        found.append(
+            f"parallel.sp_payload is {parallel.sp_payload}, but its layers gather sequences themselves, in their own "
+            "format; use exact"
+        )
+    if recipe.probe.on:
+        found.append("probe is on, which watches our own linears; set probe.interval=0 and probe.te_debug=null")
+    if recipe.precision.wgrad_output == "fp32" and "*" in "".join(model.blocks) and parallel.tp > model.kv_heads:
+        found.append(
+            "precision.wgrad_output is fp32, which its GEMMs add up themselves, but parallel.tp exceeds the key/value "
+            "heads, whose gradients must be summed over ranks first; use bf16"
+        )
+    return found
 
 
 def stage_layers(recipe: Recipe) -> tuple[int, ...]:
@@ -140,27 +191,25 @@ def _tie(parts: Sequence[Transformer]) -> None:
         last.embedding = first.embedding
 
 
-def _precision(
-    recipe: Recipe, mesh: Mesh, parts: Sequence[Transformer], held: dict[str, Shard], gemm_dtype: torch.dtype
-) -> Precision:
+def _facts(recipe: Recipe, mesh: Mesh, placed: Placed) -> RunFacts:
     train = recipe.train
     with torch.device("meta"):
         whole = Transformer(recipe.model)
     linears = [name for name, module in whole.named_modules() if isinstance(module, nn.Linear)]
-    facts = RunFacts(
+    return RunFacts(
         seed=train.seed,
         steps=train.steps,
         tokens_per_step=train.global_batch * train.seq_len,
         keep_weights=recipe.zero.stage < 3,
-        gemm_dtype=gemm_dtype,
-        swap_all=mesh.pp > 1 and recipe.parallel.schedule in SPLIT_BACKWARD,
+        swap_all=_split_backward(recipe),
         linears=linears,
-        places={name: place for name in linears if (place := _place(held[f"{name}.weight"], mesh))},
+        places={name: place for name in linears if (place := _place(placed.held[f"{name}.weight"], mesh))},
     )
-    precision = Precision(parts, load_policy(recipe.precision.policy), recipe.precision, facts)
-    for part in parts:
-        part.recompute_context = precision.recompute_context
-    return precision
+
+
+def _split_backward(recipe: Recipe) -> bool:
+    """Whether weight gradients are computed apart from the backward."""
+    return recipe.parallel.pp > 1 and recipe.parallel.schedule in SPLIT_BACKWARD
 
 
 def _place(shard: Shard, mesh: Mesh) -> Place | None:
@@ -218,6 +267,7 @@ def zero_plan(recipe: Recipe, mesh: Mesh, placed: Placed) -> ZeroPlan:
         shards=placed.held,
         layout=layout,
         seed=train.seed,
+        update_norm=recipe.spikes.update_norm and recipe.spikes.on_spike != "off",
     )
 
 
@@ -234,7 +284,7 @@ def _pipeline(
     train, config = recipe.train, recipe.parallel
     sequence = train.seq_len // mesh.tp if config.sp else train.seq_len
     hidden = Hidden(train.micro_batch, sequence, recipe.model.hidden_size, DTYPES[recipe.model.dtype], device)
-    if config.schedule in SPLIT_BACKWARD:
+    if _split_backward(recipe):
         precision.shared.deferred = []
     callbacks = Callbacks(at=precision.at, queue=precision.shared.deferred, add=engine.add_gradient)
     return Pipeline(config, mesh, parts, hidden, train.global_batch // (train.micro_batch * mesh.dp), callbacks)
@@ -277,6 +327,23 @@ def should_compile(recipe: Recipe, device: torch.device) -> bool:
     if recipe.zero.stage == 3:  # gathers weights in module hooks, which a compiled region would not run
         return False
     return device.type == "cuda" or any(shutil.which(compiler) for compiler in ("c++", "g++", "clang++"))
+
+
+@contextmanager
+def uncompiled(parts: Sequence[Transformer]) -> Iterator[None]:
+    """The blocks and the loss as `compile_parts` found them, for as long as this lasts: hooks are run."""
+    held: list[tuple[dict[str, Any], str, Any]] = []
+    for part in parts:
+        held += [(vars(block), "forward", vars(block).pop("forward", None)) for block in part.layers.values()]
+        if part.last:
+            state = vars(part.cross_entropy)
+            held.append((state, "_compiled_call_impl", state.pop("_compiled_call_impl", None)))
+    try:
+        yield
+    finally:
+        for state, key, value in held:
+            if value is not None:
+                state[key] = value
 
 
 def compile_parts(parts: Sequence[Transformer]) -> None:

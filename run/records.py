@@ -21,40 +21,47 @@ from report.manifest import Start, record_start
 from report.memory import peak_gib
 from report.metrics import MetricsWriter, StepRecord, ValidationRecord
 from report.sinks import Sink, open_sinks, step_scalars, validation_scalars
+from run.stragglers import Report
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """What turns a step's time into rates. flops_per_token: training FLOPs; devices: ranks of the run."""
+    """What turns a step's time into rates. flops_per_token: training FLOPs; devices: ranks, node_size of a node."""
 
     flops_per_token: float
     peak: Peak
     devices: int
     device: torch.device
+    node_size: int = 1
 
 
 class Records:
     """metrics.jsonl, log lines or live display, sinks, manifest; open on rank 0, a no-op elsewhere."""
 
     def __init__(self, recipe: Recipe, scale: Scale):
-        self._recipe, self._scale = recipe, scale
+        self._recipe, self.scale = recipe, scale
         self._close = ExitStack()
         self._console: Console | None = None
         self._metrics: MetricsWriter | None = None
+        self._probe: MetricsWriter | None = None
         self._sinks: list[Sink] = []
+        self._opened: tuple[Start, str] | None = None
         self._refuted = False
 
     @property
     def peak_flops(self) -> float:
         """Peak FLOP/s of one device, which MFU refers to."""
-        return self._scale.peak.flops
+        return self.scale.peak.flops
 
     def open(self, start: Start, samples: int, wandb_mode: str) -> None:
         """Start writing at `start.step`; lines of later steps move to metrics.discarded.jsonl. Rank 0 only."""
         run_dir, config = Path(self._recipe.run.dir), self._recipe.metrics
+        self._opened = start, wandb_mode
         write_resolved(run_dir, self._recipe)
-        record_start(run_dir, start, self._scale.device)
+        record_start(run_dir, start, self.scale.device)
         self._metrics = self._close.enter_context(MetricsWriter(run_dir, start.step))
+        if self._recipe.probe.on:
+            self._probe = self._close.enter_context(MetricsWriter(run_dir, start.step, "probe"))
         self._sinks = open_sinks(
             config,
             run_dir,
@@ -65,14 +72,42 @@ class Records:
         )
         for sink in self._sinks:
             self._close.callback(sink.close)
-        mark = "*" if self._scale.peak.guessed else ""
+        mark = "*" if self.scale.peak.guessed else ""
         self._console = self._close.enter_context(
             open_console(run_dir, self._recipe.train.global_batch, config.log_interval, mark)
         )
 
+    def rewind(self, step: int, samples: int) -> None:
+        """Go on at an earlier step, as a start that resumes there would."""
+        if self._opened is not None:
+            start, wandb_mode = self._opened
+            self._close.close()
+            self.open(dataclasses.replace(start, step=step), samples, wandb_mode)
+
     def message(self, text: str) -> None:
         if self._console:
             self._console.message(text)
+
+    def event(self, kind: str, step: int, text: str, values: Mapping[str, object]) -> None:
+        """Something that happened to a step: for people, and as a record of this kind in metrics.jsonl."""
+        if self._console and self._metrics:
+            self._console.message(f"step {step}: {text}")
+            self._metrics.note(kind, step, values)
+
+    def probe(
+        self,
+        step: int,
+        samples: int,
+        records: Sequence[Mapping[str, object]],
+        scalars: Mapping[str, float],
+        text: str | None,
+    ) -> None:
+        """A sample of the numerics: records for probe.jsonl, scalars for the sinks, a line for people."""
+        if self._console and self._probe:
+            self._probe.notes(step, records)
+            self._send(scalars, step, samples)
+            if text is not None:
+                self._console.message(f"step {step}: {text}")
 
     def step(self, record: StepRecord) -> None:
         if not (self._console and self._metrics):
@@ -82,7 +117,7 @@ class Records:
         self._send(step_scalars(record, self._recipe.train.global_batch), record.step, record.samples)
         if record.mfu is None and not self._refuted:
             self._refuted = True
-            self._console.message(self._scale.peak.refuted_by(record.tflops * 1e12) or "")
+            self._console.message(self.scale.peak.refuted_by(record.tflops * 1e12) or "")
 
     def receipt(self, step: int, gemms: Mapping[str, int], unquantized: Sequence[str]) -> None:
         """What the GEMMs of this process' first step really ran in, and the linears that are not quantized at all."""
@@ -99,6 +134,20 @@ class Records:
             parts = (f"{name} {count / parameters:.3f}" for name, count in held.items() if count)
             self._console.message(f"bytes a parameter on rank 0, of {parameters:,}: {', '.join(parts)}")
 
+    def stragglers(self, step: int, report: Report) -> None:
+        """Seconds of each rank's own part of the steps up to `step`; the slow ones are named."""
+        if self._console and self._metrics:
+            seconds = [round(each, 6) for each in report.seconds]
+            self._metrics.note("stragglers", step, {"seconds": seconds, "slow": sorted(report.slow)})
+            if report.slow:
+                self._console.message(report.describe(self.scale.node_size))
+
+    def skipped(self, step: int, samples: int) -> None:
+        """So many samples were left out since this start, because their tokens are damaged (data.corrupt=skip)."""
+        if self._console and self._metrics:
+            self._metrics.note("skipped_samples", step, {"samples": samples})
+            self._console.message(f"step {step}: {samples} damaged samples left out so far, others taken instead")
+
     def validation(self, record: ValidationRecord) -> None:
         if self._console and self._metrics:
             self._metrics.validation(record)
@@ -112,7 +161,7 @@ class Records:
         self, *, step: int, samples: int, loss: float, lr: float, update: StepResult, norm: float, seconds: float
     ) -> StepRecord:
         """The record of one step, rates and memory included."""
-        train, scale = self._recipe.train, self._scale
+        train, scale = self._recipe.train, self.scale
         tokens_per_s = train.global_batch * train.seq_len / seconds
         per_device = tokens_per_s / scale.devices
         return StepRecord(
@@ -125,7 +174,7 @@ class Records:
             param_norm=norm,
             loss_scale=1.0,
             skipped=update.skipped,
-            nan=update.skipped or not math.isfinite(loss),
+            nan=not (math.isfinite(update.grad_norm) and math.isfinite(loss)),
             step_time_s=seconds,
             tokens_per_s=tokens_per_s,
             tflops=per_device * scale.flops_per_token / 1e12,
@@ -134,6 +183,7 @@ class Records:
             sent_bytes=update.sent_bytes,
             edq=update.edq,
             lost_updates=update.lost,
+            update_norm=update.update_norm,
         )
 
     def _send(self, values: Mapping[str, float], step: int, samples: int) -> None:

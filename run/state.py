@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -28,9 +28,13 @@ from recipe import Recipe, to_dict
 from report.metrics import StepRecord, ValidationRecord
 from run.evaluation import Replayed, validation_loss
 from run.local import Local, stage_layers
+from run.probing import Prober
 from run.records import Records
 from run.schedules import lr_factor
 from run.signals import StopRequest
+from run.spikes import SpikeGuard
+from run.stragglers import Stragglers
+from run.watchdog import Watchdog
 
 AMAX = "amax"  # kind of the tensors of delayed scaling in a checkpoint; another policy may not have them
 
@@ -47,11 +51,20 @@ class Run:
     records: Records
     saver: Saver
     signals: StopRequest
+    watchdog: Watchdog
+    stragglers: Stragglers
     step: int = 0
     samples: int = 0
     stop_agreed: bool = False
     validated: float | None = None
+    skipped: int = 0  # damaged samples that were left out since this start
     receipted: bool = False  # whether this process has said what its first step ran in
+    guard: SpikeGuard = field(init=False)
+    prober: Prober | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.guard = SpikeGuard(self.recipe.spikes)
+        self.prober = Prober(self) if self.recipe.probe.on else None
 
     @property
     def engine(self) -> Engine:
@@ -72,6 +85,7 @@ class Run:
         self.records.close()
         if error is None:
             dist.barrier()
+            self.watchdog.stop()
             dist.destroy_process_group()
 
     def lr(self) -> float:
@@ -95,37 +109,55 @@ class Run:
 
     def forward_backward(self) -> list[Tensor]:
         """All micro-batches of the next step; their cross-entropies, on ranks that have the logits."""
-        if self.local.pipeline is not None:
-            return self.local.pipeline.step(self.micro_batches())
-        losses = []
-        for row, batch in self.micro_batches():
-            self.precision.at(row)
-            loss = self.engine(batch.tokens, batch.labels, batch.positions, batch.document_ids)
-            self.engine.backward(loss.loss)
-            losses.append(loss.cross_entropy.detach())
-        return losses
+        with self.stragglers.timed():
+            if self.local.pipeline is not None:
+                return self.local.pipeline.step(self.micro_batches())
+            losses = []
+            for row, batch in self.micro_batches():
+                self.precision.at(row)
+                loss = self.engine(batch.tokens, batch.labels, batch.positions, batch.document_ids)
+                self.engine.backward(loss.loss)
+                losses.append(loss.cross_entropy.detach())
+            return losses
 
-    def finish_step(self, losses: Sequence[Tensor], lr: float, update: StepResult, began: float) -> StepRecord:
-        """Advance the position; agree over all ranks on the loss and on stopping. `began` on perf_counter's clock."""
-        self.precision.end_step(self.mesh.stage_group)
-        if not self.receipted:
-            self.precision.check_ran()
-            self.records.receipt(self.step + 1, *self._receipt())
-            self.records.memory(self.step + 1, self.engine.memory(), self.engine.parameters)
-            self.receipted = True
-        self.step += 1
-        self.samples += self.recipe.train.global_batch
+    def agree(self, losses: Sequence[Tensor]) -> float:
+        """The mean cross-entropy of the global batch; and all ranks know whether one was asked to stop. Collective."""
         counted = losses and self.mesh.tp_rank == 0
         loss = torch.stack(list(losses)).double().mean() if counted else self._number(0.0)
-        mine = torch.stack([loss, self._number(self.signals.name is not None)])
+        reads = self.mesh.tp_rank == self.mesh.pp_rank == 0  # the ranks beside it read the same samples
+        skipped = len(self.data.train.skipped) if reads else 0
+        mine = torch.stack([loss, self._number(self.signals.reason is not None), self._number(skipped)])
         dist.all_reduce(mine)
         self.stop_agreed = bool(mine[1])
+        if (skipped := int(mine[2])) > self.skipped:
+            self.skipped = skipped
+            self.records.skipped(self.step + 1, skipped)
+        return float(mine[0]) / self.mesh.dp
+
+    def advance(self, loss: float, update: StepResult) -> None:
+        """The step is done: the position, amax histories and what spikes are judged by. Collective."""
+        self.precision.end_step(self.mesh.stage_group)
+        self.step += 1
+        self.samples += self.recipe.train.global_batch
+        self.guard.finish(loss, update)
+
+    def finish_step(self, loss: float, lr: float, update: StepResult, began: float) -> StepRecord:
+        """Advance the position; `began` on perf_counter's clock. Collective."""
+        self.advance(loss, update)
+        if not self.receipted:
+            self.precision.check_ran()
+            self.records.receipt(self.step, *self._receipt())
+            self.records.memory(self.step, self.engine.memory(), self.engine.parameters)
+            self.receipted = True
+        self.watchdog.beat(self.step)
+        if report := self.stragglers.step_done(self.step):
+            self.records.stragglers(self.step, report)
         self.saver.poll()
         norm = self.engine.parameter_norm()
         return self.records.step_record(
             step=self.step,
             samples=self.samples,
-            loss=float(mine[0]) / self.mesh.dp,
+            loss=loss,
             lr=lr,
             update=update,
             norm=norm,
@@ -155,10 +187,16 @@ class Run:
     def stop_reason(self) -> str | None:
         """Why the run stops at this step edge, the same decision on all ranks; None to go on."""
         if self.stop_agreed:
-            return f"received {self.signals.name}" if self.signals.name else "another rank was asked to stop"
+            return self.signals.reason or "another rank was asked to stop"
         if self.step == self.recipe.train.stop_at:
             return f"train.stop_at={self.step}"
         return None
+
+    def probe(self) -> None:
+        """Sample the numerics, if that is due. Collective."""
+        if self.prober is not None and self.prober.due(self.step):
+            self.prober.sample(self)
+            self.watchdog.beat(self.step)
 
     def validate(self) -> None:
         """Measure and record the validation loss. Collective."""
@@ -168,6 +206,7 @@ class Run:
         micro_batch = self.recipe.train.micro_batch
         self.begin_step()  # validation sees the weights as they are after the last update
         self.validated = validation_loss(self.local, stream, count, micro_batch, self.mesh, self.device)
+        self.watchdog.beat(self.step)
         tokens = self.samples * self.recipe.train.seq_len
         self.records.validation(
             ValidationRecord(step=self.step, tokens=tokens, samples=self.samples, validation_loss=self.validated)
@@ -202,12 +241,14 @@ class Run:
             "data": self.data.hashes(),
             "precision": self.precision.table(),
             "layout": self.layout(),
+            "spikes": self.guard.state(),
             "gemm_dtype": str(self.precision.shared.gemm_dtype).removeprefix("torch."),
         }
         if self.recipe.resume.verify:
             count = self.recipe.train.global_batch
             meta["replay"] = {"loss": self.replay(count), "samples": count, "by": self._arithmetic()}
         self.saver.save(self.step, self.fragments(), meta, random_states(self.device) | self.engine.own_states())
+        self.watchdog.beat(self.step)
 
     def replay(self, count: int) -> float:
         """The loss of the weights as they are on the `count` sequences before the position. Collective."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -54,18 +55,30 @@ def train(
     node_size: int | None = None,
     torchrun: bool = False,
     timeout: float = 300,
+    script: Path = ROOT / "train.py",
+    variables: Sequence[Mapping[str, str]] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end; output is captured. Raises TimeoutExpired. node_size: pretend that so many ranks are on a node.
+    """Run to the end; output is captured. Raises TimeoutExpired.
 
-    Processes are forked from the server that has everything imported, unless the launcher itself is what is tested.
+    node_size: pretend that so many ranks are on a node; script: takes the command line instead of train.py; variables:
+    of the environment, for each rank. Processes are forked from the server that has everything imported, unless the
+    launcher itself is what is tested.
     """
     words = command(recipe, *arguments, ranks=ranks)
     if torchrun:
         return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=environment(), cwd=ROOT)
-    return _served(command(recipe, *arguments)[1:], ranks, node_size or ranks, timeout)
+    more = variables or [{}] * ranks
+    return _served([str(script), *command(recipe, *arguments)[2:]], ranks, node_size or ranks, timeout, more)
 
 
-def _served(argv: list[str], ranks: int, node_size: int, timeout: float) -> subprocess.CompletedProcess[str]:
+def run_script(*argv: str, ranks: int = 1, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """`python *argv`, on so many ranks."""
+    return _served(list(argv), ranks, ranks, timeout, [{}] * ranks)
+
+
+def _served(
+    argv: list[str], ranks: int, node_size: int, timeout: float, more: Sequence[Mapping[str, str]]
+) -> subprocess.CompletedProcess[str]:
     """The highest exit code of all ranks, and their output one after the other."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -75,7 +88,7 @@ def _served(argv: list[str], ranks: int, node_size: int, timeout: float) -> subp
         processes = []
         for rank, files in enumerate(outputs):
             place = {"RANK": rank, "LOCAL_RANK": rank % node_size, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": node_size}
-            variables = environment() | meeting | {name: str(value) for name, value in place.items()}
+            variables = environment() | meeting | {name: str(value) for name, value in place.items()} | dict(more[rank])
             processes.append(SERVED.Process(target=_run_script, args=(argv, variables, *files)))
             processes[-1].start()
         end = time.monotonic() + timeout

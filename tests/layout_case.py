@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from data.stream import Batch
+from lowprec.engine import StepResult
 from parallel.checkpoint import load, newest, save
 from parallel.mesh import build_mesh
 from recipe import Recipe, from_dict, override
@@ -73,6 +75,23 @@ class Case:
 
     def step(self, step: int) -> tuple[float, float]:
         """One optimizer step: (loss, gradient norm)."""
+        losses = self.backward(step)
+        update = self.local.engine.step(self.recipe.optimizer.lr)
+        self.local.precision.end_step(self.mesh.stage_group)
+        counted = losses and self.mesh.tp_rank == 0
+        total = torch.stack(losses).double().mean() if counted else torch.zeros((), dtype=torch.float64)
+        dist.all_reduce(total)
+        return float(total) / self.mesh.dp, update.grad_norm
+
+    def update(self, step: int, accept: Callable[[float], bool] | None = None) -> StepResult:
+        """One optimizer step that is asked for leave, if it is finite."""
+        self.backward(step)
+        result = self.local.engine.step(self.recipe.optimizer.lr, accept)
+        self.local.precision.end_step(self.mesh.stage_group)
+        return result
+
+    def backward(self, step: int) -> list[Tensor]:
+        """Forward and backward of all micro-batches; their losses."""
         local, losses = self.local, []
         local.precision.begin_step(step)
         if local.pipeline is not None:
@@ -83,12 +102,7 @@ class Case:
                 loss = local.engine(batch.tokens, batch.labels, batch.positions, batch.document_ids)
                 local.engine.backward(loss.loss)
                 losses.append(loss.cross_entropy.detach())
-        update = local.engine.step(self.recipe.optimizer.lr)
-        local.precision.end_step(self.mesh.stage_group)
-        counted = losses and self.mesh.tp_rank == 0
-        total = torch.stack(losses).double().mean() if counted else torch.zeros((), dtype=torch.float64)
-        dist.all_reduce(total)
-        return float(total) / self.mesh.dp, update.grad_norm
+        return losses
 
     def run(self, first: int, count: int) -> Outcome:
         pairs = [self.step(step) for step in range(first, first + count)]

@@ -19,12 +19,15 @@ from report.compare.launch import Training, difference, run_all
 
 # Stands for train.py: writes steps, waits for the file `go` beside the run where the recipe is called slow.
 FAKE = """
-import json, pathlib, sys, time
+import json, os, pathlib, sys, time
 words = dict(word.split("=", 1) for word in sys.argv[3:])
 recipe, folder = sys.argv[2], pathlib.Path(words["run.dir"])
-folder.mkdir(parents=True)
+folder.mkdir(parents=True, exist_ok=True)
 if recipe == "broken":
     sys.exit("no such number")
+if os.environ.get("RANK", "0") != "0":
+    (folder / "rank").touch()
+    sys.exit()
 with open(folder / "metrics.jsonl", "w") as out:
     for step in range(1, 4):
         print(json.dumps({"kind": "step", "step": step, "loss": float(words["loss"])}), file=out, flush=True)
@@ -57,6 +60,15 @@ def test_runs_are_trained_once_and_followed(out: Path) -> None:
         pass
     assert (again.folder / "metrics.jsonl").stat().st_mtime_ns == written
     assert again.losses == {1: 4.0, 2: 4.0, 3: 4.0}
+
+
+def test_a_layout_is_started_with_its_ranks(out: Path) -> None:
+    run = training(out, "fast", 4.0)
+    run.ranks = 2
+    for _ in run_all([run], jobs=1):
+        pass
+    assert run.done and run.losses == {1: 4.0, 2: 4.0, 3: 4.0}
+    assert (run.folder / "rank").exists()
 
 
 def test_a_failure_tells_what_the_run_said_and_stops_the_others(out: Path) -> None:

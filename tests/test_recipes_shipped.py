@@ -194,10 +194,7 @@ RUNS = {
 }
 
 
-QUICK = {"mxfp8_8b"}  # tensor and sequence parallelism, phases of data
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in RUNS])
+@pytest.mark.parametrize("name", RUNS)
 def test_every_shrink_trains_resumes_and_runs_in_its_formats(tmp_path, name):
     """On its own layout; on a smaller text than the shipped one, which takes longer to prepare than to train on."""
     tiny(tmp_path)  # for its corpus

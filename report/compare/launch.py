@@ -1,8 +1,9 @@
 """Train a recipe and its baseline from the same initial weights and data, and show their difference while they train.
 
-A run is `train.py` in a process of its own, in OUT/<recipe>_<hash>_seed<n>; the hash covers everything that can change
-its losses. A run that is there and finished is not run again; one that was stopped resumes. Equal seeds mean equal
-weights and data order (an initial weight is a function of seed, name and index; a sample of seed and position).
+A run is `train.py` in as many processes as `parallel.ranks` says, in OUT/<recipe>_<hash>_seed<n>; the hash covers
+everything that can change its losses. A run that is there and finished is not run again; one that was stopped resumes.
+Equal seeds mean equal weights and data order (an initial weight is a function of seed, name and index; a sample of seed
+and position).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from rich.live import Live
 from rich.table import Table
 
 from errors import UsageError
-from recipe import load, to_dict
+from recipe import Recipe, refuse, resolve, to_dict
 from report.compare.pairing import NotComparable, disagreements
 
 ROOT = Path(__file__).parent.parent.parent
@@ -38,11 +39,11 @@ LINE_S = 30.0  # between two lines where no terminal can redraw
 
 def config_hash(name: str, overrides: tuple[str, ...]) -> str:
     """12 hex digits over every key that can change a loss and is not at its default: keys to come change nothing."""
-    recipe = load(name, overrides)
+    recipe = resolve(name, overrides)
     tree = {
         section.name: _chosen(getattr(recipe, section.name))
         for section in dataclasses.fields(recipe)
-        if section.name not in ("name", "description", "run", "metrics", "checkpoint")
+        if section.name not in ("name", "description", "run", "metrics", "checkpoint", "watch")
     }
     text = json.dumps({key: value for key, value in tree.items() if value}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -62,12 +63,16 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 @dataclass
 class Training:
-    """One run of train.py, followed by reading its metrics.jsonl as it grows. losses: {step: nats}, NaN not finite."""
+    """One run of train.py, followed by reading its metrics.jsonl as it grows.
+
+    ranks: its processes; threads: of each. losses: {step: nats}, NaN not finite.
+    """
 
     recipe: str
     overrides: tuple[str, ...]
     folder: Path
     threads: int = 1
+    ranks: int = 1
     losses: dict[int, float] = field(default_factory=dict)
     _process: subprocess.Popen[bytes] | None = None
     _errors: IO[bytes] | None = None
@@ -97,8 +102,9 @@ class Training:
         """Start the process; a finished run is left alone."""
         if self.done:
             return
-        command = ["env", f"OMP_NUM_THREADS={self.threads}", sys.executable, "train.py"]
-        command += ["--recipe", self.recipe, f"run.dir={self.folder}", *self.overrides]
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
+        command = ["env", f"OMP_NUM_THREADS={self.threads}", sys.executable, *(launcher if self.ranks > 1 else [])]
+        command += ["train.py", "--recipe", self.recipe, f"run.dir={self.folder}", *self.overrides]
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=self._errors)
 
@@ -130,7 +136,15 @@ def training(recipe: str, seed: int, overrides: tuple[str, ...], out: Path, thre
     """The run of a recipe with a seed under `out`."""
     overrides = (*overrides, f"train.seed={seed}")
     folder = out.resolve() / f"{recipe_name(recipe)}_{config_hash(recipe, overrides)}_seed{seed}"
-    return Training(recipe=recipe, overrides=overrides, folder=folder, threads=threads)
+    ranks = loaded(recipe, overrides).parallel.ranks or 1
+    return Training(recipe=recipe, overrides=overrides, folder=folder, threads=max(1, threads // ranks), ranks=ranks)
+
+
+def loaded(name: str, overrides: tuple[str, ...]) -> Recipe:
+    """The recipe, validated for the ranks that it is laid out for. Raises UsageError."""
+    recipe = resolve(name, overrides)
+    refuse(recipe, recipe.problems(recipe.parallel.ranks or 1))
+    return recipe
 
 
 def recipe_name(recipe: str) -> str:
@@ -160,7 +174,7 @@ def run_pairs(
     baseline: str, candidate: str, overrides: tuple[str, ...], *, seeds: int, jobs: int, out: Path
 ) -> tuple[list[Path], list[Path]]:
     """Folders of the finished baselines and candidates. Raises NotComparable before anything is trained."""
-    trees = [to_dict(load(name, overrides)) for name in (baseline, candidate)]
+    trees = [to_dict(loaded(name, overrides)) for name in (baseline, candidate)]
     if problems := disagreements(trees[0], trees[1]):
         raise NotComparable(f"{candidate} cannot be compared with {baseline}:\n  " + "\n  ".join(problems))
     threads = max(1, (os.cpu_count() or 1) // jobs)

@@ -1,0 +1,179 @@
+"""Where the first number that is not finite comes from: module and GEMM leg, for one repeated step.
+
+    with watching(parts, shared) as watch:      hooks everywhere, for as long as this lasts
+        ...                                     forward and backward of all micro-batches
+    watch.first                                 the first Finding of this rank, or None
+
+A finding names what made the number, not where it passed: inputs are looked at before outputs, parameters between
+them. A linear is watched at its three GEMMs and their operands, before any sum over tensor-parallel ranks, so that of
+ranks that share a layer only the one that made it has it at the GEMM. What a part of the model was given by another
+pipeline rank is marked `received`. Blocks must run uncompiled: a compiled region runs no hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowprec.linear import SLOT_AXES, LowPrecisionLinear, Shared
+from lowprec.philox import StepContext
+from lowprec.quantized import Operand
+
+
+@dataclass(frozen=True, order=True)
+class Finding:
+    """Ordered as things happened on a rank; ranks that share layers go through the same order.
+
+    order:    checks before it
+    module:   logical name
+    leg:      fprop, dgrad or wgrad of a linear; else forward or backward
+    what:     in words
+    row:      global row of the micro-batch's first token; None where that is not known
+    received: it came from another pipeline rank
+    """
+
+    order: int
+    module: str = field(compare=False)
+    leg: str = field(compare=False)
+    what: str = field(compare=False)
+    row: int | None = field(compare=False)
+    received: bool = field(default=False, compare=False)
+
+
+class Watch:
+    """Checks tensors in the order in which they are made, until one is not finite."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.first: Finding | None = None
+        self._shared = shared
+        self._checks = 0
+
+    @property
+    def row(self) -> int:
+        """Global row of the micro-batch whose forward runs."""
+        return self._shared.position.row
+
+    def check(self, tensors: Any, module: str, leg: str, what: str, row: int | None, received: bool = False) -> None:
+        """Look at the floating-point tensors among `tensors`, unless something has been found already."""
+        self._checks += 1
+        if self.first is not None:
+            return
+        for tensor in tensors if isinstance(tensors, (tuple, list)) else (tensors,):
+            # Detached: recomputation counts what autograd saves, which must not depend on what has been found.
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.detach().isfinite().all():
+                self.first = Finding(self._checks, module, leg, what, row, received)
+                return
+
+
+@contextmanager
+def watching(parts: Sequence[Any], shared: Shared) -> Iterator[Watch]:
+    """Watch every leaf module of the parts, every gradient of a parameter, and what comes from other stages.
+
+    parts:  the model, or this rank's stages of it (Transformer), with the whole model's names
+    shared: of their low-precision linears: says which micro-batch runs
+    """
+    watch = Watch(shared)
+    with ExitStack() as stack:
+        for part in parts:
+            _watch_borders(watch, part, stack)
+            for name, module in part.named_modules():
+                _watch_parameters(watch, name, module, stack)
+                if isinstance(module, LowPrecisionLinear):
+                    stack.enter_context(_watched_gemms(watch, module))
+                if not any(True for _ in module.children()):
+                    _watch_leaf(watch, name, module, stack)
+        yield watch
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, LowPrecisionLinear))
+
+
+def _watch_borders(watch: Watch, part: Any, stack: ExitStack) -> None:
+    """What a stage gets from others: activations from the one before, gradients from the one after."""
+
+    def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if not part.first:
+            watch.check(inputs[0], "", "forward", "activations of the stage before", watch.row, received=True)
+
+    def after(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        if not part.last and isinstance(output, Tensor) and output.requires_grad:
+            row, words = watch.row, "gradient of the stage after"
+            output.register_hook(lambda g: watch.check(g, "", "backward", words, row, received=True))
+
+    stack.callback(part.register_forward_pre_hook(before, prepend=True).remove)
+    stack.callback(part.register_forward_hook(after).remove)
+
+
+def _watch_parameters(watch: Watch, name: str, module: nn.Module, stack: ExitStack) -> None:
+    leg = "wgrad" if _is_linear(module) else "backward"
+    for kind, parameter in module.named_parameters(recurse=False):
+
+        def check(gradient: Tensor | None, what: str = f"gradient of the {kind}") -> None:
+            watch.check(gradient, name, leg, what, None)  # a split backward hands over None at first
+
+        if parameter.requires_grad:
+            stack.callback(parameter.register_hook(check).remove)  # pyright: ignore[reportArgumentType]
+
+
+def _watch_leaf(watch: Watch, name: str, module: nn.Module, stack: ExitStack) -> None:
+    """Inputs, parameters and outputs in the forward; gradients of outputs, then of inputs in the backward."""
+    forth, back = ("fprop", "dgrad") if _is_linear(module) else ("forward", "backward")
+    around = name.rpartition(".")[0] or "model"  # what lies between two leaves belongs to their parent
+
+    def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        watch.check(inputs, around, "forward", f"input of {name}", watch.row)
+
+    def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        row = watch.row
+        for kind, parameter in module.named_parameters(recurse=False):
+            watch.check(parameter.detach(), name, forth, f"the {kind} itself", row)
+        watch.check(output, name, forth, "output", row)
+        if not torch.is_grad_enabled():
+            return
+        for tensor in output if isinstance(output, tuple) else (output,):
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                what = f"gradient of the output of {name}"
+                tensor.register_hook(lambda g, what=what: watch.check(g, around, "backward", what, row))
+        for tensor in inputs:
+            if isinstance(tensor, Tensor) and tensor.requires_grad and not isinstance(tensor, nn.Parameter):
+                tensor.register_hook(lambda g: watch.check(g, name, back, "gradient of the input", row))
+
+    stack.callback(module.register_forward_pre_hook(before, prepend=True).remove)
+    stack.callback(module.register_forward_hook(after, prepend=True).remove)
+
+
+@contextmanager
+def _watched_gemms(watch: Watch, layer: Any) -> Iterator[None]:
+    """The GEMMs of one LowPrecisionLinear and what they multiply, by methods of the instance that end with this."""
+    multiply, operand = layer.multiply, layer.operand
+    kept = {key: layer.__dict__[key] for key in ("multiply", "operand") if key in layer.__dict__}
+    rows: dict[str, int] = {}  # GEMM -> row of the micro-batch whose operand was made last
+
+    def watched_multiply(gemm: str, a: Operand, b: Operand, bias: Tensor | None = None) -> Tensor:
+        row = rows.get(gemm)
+        for side, found in (("a", a), ("b", b)):
+            watch.check([found.values, found.scale], layer.name, gemm, f"quantized operand {side}", row)
+        product = multiply(gemm, a, b, bias)
+        watch.check(product, layer.name, gemm, "product of finite operands", row)
+        return product
+
+    def watched_operand(slot: str, matrix: Tensor, position: StepContext, **options: Any) -> Operand:
+        gemm = slot.partition(".")[0]
+        rows[gemm] = position.row
+        if SLOT_AXES[slot][0] == "w":  # inputs and gradients of outputs are looked at by the module's hooks, earlier
+            watch.check(matrix, layer.name, gemm, "the weight itself", None)
+        return operand(slot, matrix, position, **options)
+
+    layer.multiply, layer.operand = watched_multiply, watched_operand
+    try:
+        yield
+    finally:
+        for key in ("multiply", "operand"):
+            del layer.__dict__[key]
+        layer.__dict__.update(kept)
