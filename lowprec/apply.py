@@ -49,9 +49,14 @@ def own_layers(
     for name in names:
         linear: Any = model.get_submodule(name)
         layers[name] = LowPrecisionLinear(linear, name, tables[0][name], shared, places.get(name))
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layers[name])
+        put(model, name, layers[name])
     return layers
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Let `module` be what `name` is in `model`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 @dataclass(frozen=True, kw_only=True)

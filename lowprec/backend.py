@@ -71,7 +71,7 @@ class Backend:
 
     def swap(self, joints: Sequence[Joint], sp: bool) -> Swap:
         """What puts its layers into a model with these `joints`. sp: sequence parallelism."""
-        return importlib.import_module("lowprec.te_layers").Swap(joints, sp) if self.te else own_layers
+        return importlib.import_module("lowprec.te_layers").TeSwap(joints, sp) if self.te else own_layers
 
 
 def choose(situation: Situation) -> Backend | None:

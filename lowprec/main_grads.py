@@ -51,4 +51,5 @@ class MainGrads:
 
     def take(self, parameter: Any) -> Tensor | None:
         """The micro-batch's gradient, FP32, now the caller's; None where it is in the accumulator already."""
+        vars(parameter).pop("main_grad", None)  # Transformer Engine's own reference, which would keep the buffer alive
         return self._landed.pop(id(parameter), None)

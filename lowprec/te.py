@@ -165,6 +165,8 @@ class QuantizeDequantize(te.IdentityQuantizer):
         training = kind == "dy" or getattr(linear, "training_now", True)
         position = getattr(linear, "position", linear.shared.position)
         values, scale, _ = linear.operand(self.slot, matrix, position, training=training)
-        if spec.three_quarters and tensor.dtype == torch.bfloat16:
+        other = linear.specs[self.slot[:-1] + ("b" if self.slot[-1] == "a" else "a")]
+        both = spec.three_quarters and other is not None and other.three_quarters
+        if both and tensor.dtype == torch.bfloat16:
             scale = torch.tensor(SIXTEEN_NINTHS[self.slot[-1]], device=values.device)
         return (values if scale is None else values.float() * scale).to(tensor.dtype).contiguous().view(tensor.shape)

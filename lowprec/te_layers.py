@@ -35,6 +35,7 @@ import transformer_engine.pytorch as te  # pyright: ignore[reportMissingImports]
 from torch import Tensor, nn
 
 from lowprec import dispatch
+from lowprec.apply import put
 from lowprec.joints import Core, Joint, NormLinear, NormMLP
 from lowprec.linear import SLOT_AXES, LowPrecisionLinear, Place, Shared
 from lowprec.philox import StepContext
@@ -297,7 +298,7 @@ class TeCore(nn.Module):
 
 
 @dataclass(frozen=True)
-class Swap:
+class TeSwap:
     """Puts Transformer Engine's layers into a model. sp: sequence parallelism."""
 
     joints: Sequence[Joint]
@@ -318,7 +319,7 @@ class Swap:
         for joint in self.joints:
             self._join(model, joint, parts, alone, tables)
         for name, part in alone.items():
-            _put(model, name, TeLinear(part, self.sp))
+            put(model, name, TeLinear(part, self.sp))
         return dict(parts)
 
     def _join(
@@ -343,16 +344,11 @@ class Swap:
             return
         norm = model.get_submodule(joint.norm)
         if isinstance(joint, NormLinear):
-            _put(model, first, TeNormLinear(alone.pop(first), norm, self.sp))
+            put(model, first, TeNormLinear(alone.pop(first), norm, self.sp))
         else:
-            _put(model, joint.mlp, TeNormMLP(joint, alone.pop(up), alone.pop(down), norm, self.sp))
-        _put(model, joint.norm, Passed(norm))
+            put(model, joint.mlp, TeNormMLP(joint, alone.pop(up), alone.pop(down), norm, self.sp))
+        put(model, joint.norm, Passed(norm))
 
 
 def _has(model: nn.Module, name: str) -> bool:
     return name in dict(model.named_modules())
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

@@ -20,7 +20,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,10 @@ class Bisection:
         self.trials: list[Trial] = []
         self.precision = replay.run.precision
         self.table: Mapping[str, Slots] = {n: s for n, s in self.precision.now.items() if s.quantized}
-        self.reference = self._measure(lambda *_: None)
+        with ExitStack() as exact:
+            for _, context in self._payloads():
+                exact.enter_context(context)
+            self.reference = self._measure(lambda *_: None)
         self._note("every GEMM in BF16", self.reference)
         self.original = self._note("as it was", self._measure(lambda _, __, spec: spec))
 
@@ -179,14 +182,18 @@ class Bisection:
         ):
             if any(has(spec) for spec in specs):
                 yield what, lambda _, __, spec, h=has, o=option: replace(spec, **o) if h(spec) else spec, None
-        recipe, same = self.replay.run.recipe, lambda _, __, spec: spec
-        gradients, engine = recipe.gradients, self.replay.run.engine
-        if recipe.zero.stage < 3 and (gradients.payload, gradients.accumulate) != ("fp32", "fp32"):
-            yield "gradients add up and travel in FP32", same, engine.exact_gradients()
+        for what, context in self._payloads():
+            yield what, lambda _, __, spec: spec, context
+
+    def _payloads(self) -> Iterator[tuple[str, AbstractContextManager]]:
+        """What travels rounded in this run, each with a context in which it does not."""
+        recipe, engine = self.replay.run.recipe, self.replay.run.engine
+        if recipe.zero.stage < 3 and (recipe.gradients.payload, recipe.gradients.accumulate) != ("fp32", "fp32"):
+            yield "gradients add up and travel in FP32", engine.exact_gradients()
         if recipe.zero.gather != "exact":
-            yield "weights are gathered exactly", same, engine.exact_weights()
+            yield "weights are gathered exactly", engine.exact_weights()
         if recipe.parallel.sp_payload != "exact":
-            yield "gathered inputs travel exactly", same, exact_inputs(self.replay.run.local.parts)
+            yield "gathered inputs travel exactly", exact_inputs(self.replay.run.local.parts)
 
 
 def _gemm(slot: str) -> str:

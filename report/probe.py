@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from errors import UsageError, UserError
-from lowprec.probe.damage import BUDGET, THRESHOLD, Leg, Weight, as_yaml, legs, proposal, weights
+from lowprec.probe.damage import BUDGET, THRESHOLD, Leg, Weight, as_yaml, legs, proposal, shown, weights
 from report.heatmap import Scale, heatmap
 
 STYLE = Path(__file__).with_name("probe.css")
@@ -164,12 +164,13 @@ def summary(samples: Sequence[Mapping[str, Any]]) -> str:
     """The last sample in a sentence."""
     newest = samples[-1]
     text = f"{len(samples)} samples, policy {newest['policy']}, the last at step {newest['step']}"
-    text += f"; its loss {newest['loss_low']:.5f}"
-    if newest["loss_high"] is None:
+    text += f"; its loss {shown(newest['loss_low'], '.5f')}"
+    if "cosine" not in newest:  # probe.gradients=false
         return text
     noise = newest["gradient_to_noise"]
     return (
-        f"{text}, {newest['loss_high']:.5f} in high precision; the whole gradient's cosine {newest['cosine']:.5f}, "
+        f"{text}, {shown(newest['loss_high'], '.5f')} in high precision; the whole gradient's cosine "
+        f"{shown(newest['cosine'], '.5f')}, "
         f"over noise {math.inf if noise is None else noise:.2f}"
     )
 

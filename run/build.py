@@ -168,7 +168,7 @@ def changes(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Itera
     """`section.key: old -> new` for each key of the recipe that differs and can change what is computed."""
     for key in sorted(old.keys() | new.keys()):
         path = f"{prefix}{key}"
-        if path in {"name", "description", "run", "metrics", "watch", "train.stop_at"}:
+        if path in {"name", "description", "run", "metrics", "watch", "probe", "train.stop_at"}:
             continue
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):

@@ -33,7 +33,7 @@ from data.stream import Batch
 from errors import UsageError
 from lowprec.linear import SLOT_AXES, specs_of
 from lowprec.policy import words_of
-from lowprec.probe.damage import THRESHOLD, legs, weights
+from lowprec.probe.damage import THRESHOLD, legs, shown, weights
 from lowprec.probe.lab import Lab, Sample, Wanted
 from lowprec.probe.statistics import root_ratio
 from lowprec.probe.te_debug import Bound, bind, parse
@@ -185,7 +185,8 @@ def _ratios(sums: list[float]) -> dict[str, float | None]:
         "norm": math.sqrt(exact),
         "cosine": product / length if length else None,
         "relative_error": relative,
-        "gradient_to_noise": 1.0 / relative if relative else None,
+        # None: no noise. A gradient that is not finite has no signal.
+        "gradient_to_noise": 0.0 if math.isnan(relative) else 1.0 / relative if relative else None,
     }
 
 
@@ -249,6 +250,7 @@ def _say(records: Records, summary: dict[str, Any] | None) -> str | None:
     text = "".join(f"worst GEMM {leg.layer} {leg.gemm}, error {leg.error:.1%}" for leg in worst)
     if compared:
         drowned = sum(weight.drowned for weight in compared)
-        text += f"; gradient cosine {summary['cosine']:.4f}, over noise {summary['gradient_to_noise'] or math.inf:.1f}"
+        cosine, noise = summary["cosine"], summary["gradient_to_noise"]
+        text += f"; gradient cosine {shown(cosine, '.4f')}, over noise {'inf' if noise is None else f'{noise:.1f}'}"
         text += f", below sqrt(3) = {THRESHOLD:.2f} in {drowned} of {len(compared)} parameters"
     return f"probe ({summary['seconds']:.1f} s): {text}"

@@ -1,8 +1,9 @@
 """After a step that went wrong: say what, name who made it, perhaps go back to a checkpoint. Collective over all ranks.
 
 A step that is not finite is repeated once with a watch on every module (lowprec/watch.py): weights, data and random
-bits are those of the step, so what made the number makes it again, and nothing is paid for in good times. One that is
-finite the second time was no fault of the numbers: memory, a link, or another order of additions.
+bits are those of the step (only scales of an amax history have moved on), so what made the number makes it again, and
+nothing is paid for in good times. One that is finite the second time was no fault of the numbers: memory, a link, or
+another order of additions.
 
 Of the ranks that found something, those are left out that were given it by another pipeline stage; of the others the
 earliest counts, then the lowest rank. Gradients that are finite everywhere and yet not after their reduction were made
@@ -121,15 +122,16 @@ def _judge(findings: list[Finding | None], *, finite: bool) -> Fault:
 
 
 def _roll_back(run: Run) -> bool:
-    """To the newest valid checkpoint, and on with the data after the step that spiked; false if there is none."""
+    """To the newest valid checkpoint before the spikes, and on with the data after them; false if there is none."""
     run.saver.finish()
-    start = checkpoint.newest(Path(run.recipe.run.dir))
+    start = checkpoint.newest(Path(run.recipe.run.dir), step=run.step - run.guard.spiking)
     if start is None:
         run.records.message("no checkpoint to roll back to yet; the run goes on without this step")
         return False
     run.guard.roll_back(run.step)
     spiked, samples, z = run.step, run.samples, dict(run.guard.spikes)
-    restore(run, start)
+    restore(run, start, allow_precision_change=True)  # which was allowed if the run's own checkpoint is of another
+    run.guard.spiking = 0
     dropped, run.samples = samples - run.samples, samples
     run.records.rewind(run.step, run.samples)
     run.watchdog.beat(run.step)

@@ -112,7 +112,7 @@ class SpikeGuard:
         """JSON-able, for a checkpoint: a resumed run must judge as if it had never stopped."""
         windows = {name: list(window.values) for name, window in self._windows.items()}
         counts = {"unapplied": self.unapplied, "nonfinite": self.nonfinite, "spiking": self.spiking}
-        return {"windows": windows, **counts}
+        return {"windows": windows, "furthest": self.furthest, "rollbacks": self.rollbacks, **counts}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`; empty: begin anew (a checkpoint of an earlier version)."""
@@ -121,6 +121,8 @@ class SpikeGuard:
             window.values.extend(state.get("windows", {}).get(name, ()))
         self.unapplied, self.nonfinite = state.get("unapplied", 0), state.get("nonfinite", 0)
         self.spiking = state.get("spiking", 0)
+        if (furthest := state.get("furthest", 0)) > self.furthest:  # not what a rollback has just counted
+            self.furthest, self.rollbacks = furthest, state["rollbacks"]
 
     @property
     def wants_rollback(self) -> bool:

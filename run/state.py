@@ -81,11 +81,11 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:  # after an error, others may never come to a collective again
+            self.watchdog.stop()  # a save behind training may take longer than any step; its agreements have timeouts
             self.saver.finish()
         self.records.close()
         if error is None:
             dist.barrier()
-            self.watchdog.stop()
             dist.destroy_process_group()
 
     def lr(self) -> float:
@@ -260,7 +260,8 @@ class Run:
         """What the order of additions in a forward depends on."""
         parallel, micro_batch = self.recipe.parallel, self.recipe.train.micro_batch
         sp = {"sp": parallel.sp, "sp_payload": parallel.sp_payload}
-        return self.layout() | sp | {"micro_batch": micro_batch, "device": self.device.type}
+        layers = "te" if self.local.backend is not None and self.local.backend.te else "emulate"
+        return self.layout() | sp | {"micro_batch": micro_batch, "device": self.device.type, "backend": layers}
 
     def prove_resume(self, start: checkpoint.Checkpoint) -> None:
         """Replay what `start` noted when it was saved; CheckpointError if it is not the same. Collective."""

@@ -83,8 +83,9 @@ class Watchdog:
             if now - looked > POLL_S + GRACE_S:  # this thread did not run, either: the process was stopped
                 self._last += now - looked - POLL_S
             looked = now
-            if now - self._last > self.limit_s():
-                self._bark(self._last)
+            last = self._last  # read once: a beat may come in between
+            if now - last > self.limit_s():
+                self._bark(last)
                 looked = time.monotonic()
 
     def _bark(self, since: float) -> None:

@@ -35,9 +35,12 @@ OURS = {  # options of sbatch that train.sbatch relies on
     "--array": "--seeds makes the array",
     "--chdir": "the job runs in the directory where it is submitted",
     "--error": "the log is RUN/slurm-JOB.log",
+    "--no-requeue": "the job is requeued until the run is done",
     "--ntasks": "--per-node says how many processes a node has",
     "--ntasks-per-node": "--per-node says how many processes a node has",
+    "--open-mode": "the log is appended to",
     "--output": "the log is RUN/slurm-JOB.log",
+    "--signal": "run.stop_before_s says when the run stops",
     "--wrap": "the script is slurm/train.sbatch",
 }
 GPUS = 8  # a node, where --per-node does not say

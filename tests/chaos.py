@@ -274,9 +274,9 @@ def main(argv: Sequence[str]) -> int:
     Console(width=None if sys.stdout.isatty() else 170).print(as_table(outcomes))
     for each in wrong:
         print(f"WRONG: {each}")
-    print(
-        f"{len(outcomes)} faults, {len(wrong)} wrong; {'kept in ' + str(folder) if options.keep else 'curve bit-equal'}"
-    )
+    print(f"{len(outcomes)} faults, {len(wrong)} wrong" + ("" if wrong else "; curve bit-equal"))
+    if options.keep:
+        print(f"kept in {folder}")
     if not options.keep:
         shutil.rmtree(folder)
     return int(bool(wrong))

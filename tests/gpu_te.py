@@ -44,7 +44,7 @@ def swapped(slots: Slots, weight: Tensor) -> Any:
     with torch.no_grad():
         linear.weight.copy_(weight)
     model = nn.ModuleDict({"linear": linear})
-    te_layers.Swap(())(model, ["linear"], [{"linear": slots}], shared(), {})
+    te_layers.TeSwap(())(model, ["linear"], [{"linear": slots}], shared(), {})
     return model["linear"]
 
 

@@ -5,7 +5,7 @@
 
 No systemd, no cgroups, no change of the machine: configuration, keys, state and logs are in `folder`, and the commands
 find them by SLURM_CONF. Needs root (slurmd starts processes as users) and Debian's slurmctld, slurmd, slurm-client and
-munge; `.ci/run` installs them. A requeued job waits until the credential of its last start is void: 120 s by default,
+munge. A requeued job waits until the credential of its last start is void: 120 s by default,
 cred_expire here.
 """
 

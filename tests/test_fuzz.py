@@ -240,8 +240,6 @@ def test_foreign_datasets_are_refused_or_keep_their_structure(tmp_path, examples
             found = tokens_of(prefix, tmp_path / "cache", None)
             assert found.min() >= 0 and found.max() < VOCABULARY
             assert found.shape == truth.shape
-            if damage[0] == "x.idx":  # borders that moved change how documents are shuffled, never which tokens exist
-                assert found.size == truth.size
 
         refusal(work, DataError)
 

@@ -125,7 +125,13 @@ def test_a_node_is_lost_and_the_run_goes_on_with_the_other(cluster, job, tmp_pat
     starts = json.loads((run / "manifest.json").read_text())["starts"]
     assert [start["topology"]["dp"] for start in starts] == [2, 1]
     assert starts[1]["step"] >= 20
-    torch.testing.assert_close(_losses(run), _losses(tmp_path / "straight"), rtol=1e-4, atol=0)
+    # FP32, two ranks' order of additions up to the loss of the node: the curves part slowly.
+    torch.testing.assert_close(_losses(run)[:100], _losses(tmp_path / "straight")[:100], rtol=1e-4, atol=0)
+    # To the bit it is a run that two ranks begin and one goes on with.
+    keys, relay = (*keys, "checkpoint.keep=99"), tiny(tmp_path, "relay")
+    train(relay, *keys, f"train.stop_at={starts[1]['step']}", ranks=2)
+    assert train(relay, *keys).returncode == 0
+    assert _losses(run) == _losses(tmp_path / "relay")
 
 
 def test_cancelled_means_saved_and_gone(cluster, job, tmp_path):
@@ -147,13 +153,14 @@ def test_an_array_of_seeds(cluster, job, tmp_path):
     run = tmp_path / "run"
     words = ("--nodes=1", "--seeds=0,1,2", "--no-check", "train.steps=80", "checkpoint.interval=40")
     (number,) = job(tiny(tmp_path), *words)
-    cluster.wait(lambda: _has_steps(run / "seed-1", 2), LONG_S)
-    cluster.run("scancel", "--signal=USR1", f"{number}_1")
-    cluster.wait(lambda: "requeued" in _log(run), LONG_S)
+    for seed in range(3):
+        cluster.wait(lambda seed=seed: _has_steps(run / f"seed-{seed}", 2), LONG_S)
+        cluster.run("scancel", "--signal=USR1", f"{number}_{seed}")
+    cluster.wait(lambda: _log(run).count("requeued") == 3, LONG_S)
     cluster.wait(lambda: cluster.state(number) == "COMPLETED COMPLETED COMPLETED", LONG_S)
     losses = [_losses(run / f"seed-{seed}") for seed in range(3)]
     assert [len(each) for each in losses] == [80, 80, 80] and len(set(map(tuple, losses))) == 3
-    assert [_exits(run / f"seed-{seed}") for seed in range(3)] == [[0], [75, 0], [0]]
+    assert [_exits(run / f"seed-{seed}") for seed in range(3)] == [[75, 0]] * 3
     shown = [read_status(run / f"seed-{seed}") for seed in range(3)]
     assert [(each.state, each.step, each.checkpoint) for each in shown] == [("done", 80, 80)] * 3
 

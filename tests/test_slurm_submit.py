@@ -59,9 +59,10 @@ def test_a_dry_run_shows_the_run_and_writes_nothing(tmp_path, capsys):
         (["--nodes=1", "-p", "gpu"], "--name=value"),
         (["--nodes=1", "--array=0-3"], "--seeds makes the array"),
         (["--nodes=1", "--time=3"], "run.stop_before_s=120"),
+        (["--nodes=1", "--signal=USR1@5"], "run.stop_before_s says"),
         (["--nodes=1", "--seeds=0,0"], "--seeds is '0,0'"),
         (["--nodes=1", "--min-nodes=2"], "--min-nodes is 2"),
-        (["--nodes=1", "run.dir=/tmp/100%done"], "['%']"),
+        (["--nodes=1", "run.dir=100%done"], "['%']"),
         (["--nodes=1", "--container-mounts=/a:/a"], "needs --container-image"),
         (["--nodes=1", "precision.policy=nvfp5"], "nvfp5"),
     ],
@@ -101,7 +102,7 @@ def test_no_value_of_a_recipe_reaches_a_shell(tmp_path, capsys, tools):
     code, _, errors = call(capsys, "--recipe", str(recipe), "--nodes=1", "--seeds=4,7", "--per-node=1")
     assert code == 2 and "job 77 (RUNNING)" in errors
     code = (tmp_path / evil / "code").iterdir().__next__()
-    run = script(tools, tmp_path / evil, {"SLURM_ARRAY_TASK_ID": "4"}, code=code)
+    run = script(tools, tmp_path / evil, {"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_JOB_ID": "77"}, code=code)
     assert run.returncode == 0, run.stdout + run.stderr
     assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()
 

@@ -125,7 +125,6 @@ def _spoil(case: Case, value: float) -> Any:
         spoilt.view(-1)[0] += value
         return spoilt
 
-    assert name
     return parameter.register_hook(hook)
 
 
@@ -299,6 +298,15 @@ def test_a_run_goes_back_and_past_the_data_that_spiked(tmp_path):
     again = train(tiny(tmp_path), *keys)
     assert again.returncode == 0, again.stderr
     assert [r["step"] for r in steps(run)] == list(range(1, 41))
+
+
+def test_a_rollback_goes_before_a_checkpoint_among_the_spikes(tmp_path):
+    faults = [f"faulty=0,layers.0.attention.qkv,dgrad,{step},1e6" for step in (28, 29, 30)]  # saved after the second
+    keys = (*SPIKING, "spikes.on_spike=rollback", "spikes.patience=3", "spikes.max_rollbacks=1", *faults)
+    done = train(tiny(tmp_path), *keys, script=FAULTY)
+    assert done.returncode == 1 and "step 31 spiked" in done.stderr, done.stderr
+    (note,) = _notes(tmp_path / "run", "rollback")
+    assert (note["step"], note["from"]) == (20, 31)
 
 
 def test_a_run_that_is_never_finite_ends(tmp_path):

@@ -55,6 +55,18 @@ def test_linear(policy, bias):
             assert distance(value, truth[name]) < 3e-3, name
 
 
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_three_quarters_of_one_operand_alone(side):
+    """4/3 then, not one of the two factors of 16/9; BF16 rounds a third's infinite mantissa."""
+    slots = slots_of("mxfp4")
+    plain = replace(getattr(slots.dgrad, side), three_quarters=False)
+    slots = replace(slots, dgrad=replace(slots.dgrad, **{side: plain}))
+    layer = te_linear(False)
+    x, dy = draw(TOKENS, INPUTS), draw(TOKENS, OUTPUTS, spread=1e-3)
+    truth = emulated(layer.weight, None, x, dy, slots)
+    assert distance(outcome(layer, slots, x, dy)["dx"], truth["dx"]) < 3e-3
+
+
 @pytest.mark.parametrize("policy", [*EXACT, *ROUNDED])
 def test_linear_in_fp32_is_the_emulated_one(policy):
     """Nothing is rounded to BF16: only the factor 2 x 8/9 and the order of additions differ."""

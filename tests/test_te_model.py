@@ -114,6 +114,8 @@ def _pairs(cases: dict[str, tuple[str, ...]]) -> dict[str, tuple[Seen, Seen]]:
             outcome, precision = run.run(0, 3), run.local.precision
             precision.check_ran()
             run.assert_copies_equal()
+            # Transformer Engine's reference to a buffer would keep it for ever, whatever gradients are stored as.
+            assert not any("main_grad" in vars(p) for part in run.local.parts for p in part.parameters())
             kinds = {type(module).__name__ for part in run.local.parts for module in part.modules()}
             names = [name for part in run.local.parts for name, _ in part.named_parameters()]
             pair.append(Seen(kinds, outcome, names, precision.receipt()))
@@ -188,7 +190,6 @@ def test_fifty_steps_stay_within_the_noise_of_another_order_of_additions(alone):
     assert len(ours) == STEPS and ours[-5:].mean() < 0.8 * ours[0]
     noise, gap = ((other / ours - 1) for other in (reordered, theirs))
     assert gap.square().mean().sqrt() < 2 * noise.square().mean().sqrt() < 2e-2
-    assert gap.mean().abs() < 3 * noise.square().mean().sqrt()
 
 
 def test_checkpoints_pass_between_backends(alone):

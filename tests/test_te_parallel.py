@@ -64,7 +64,7 @@ def _pairs(rank: int | None, sp: bool, policies: tuple[str, ...]) -> dict[str, d
     part, found = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2) if sp and rank is not None else slice(None), {}
     for policy in policies:
         model, table = Pair(rank), dict.fromkeys(("up", "down"), _slots(policy))
-        swap = te_layers.Swap((NormLinear("norm", "up"),), sp)
+        swap = te_layers.TeSwap((NormLinear("norm", "up"),), sp)
         swap(model, list(table), [table], shared(), {} if rank is None else _places(rank))
         x = draw(ROWS, INPUTS)[part].clone().requires_grad_()
         y = model(x[None])[0]
@@ -137,7 +137,7 @@ def test_weight_gradients_add_up_in_main_grad(policy):
     common, slots = shared(), _slots(policy)
     common.wgrad_dtype = torch.float32
     model = nn.ModuleDict({"linear": nn.Linear(INPUTS, OUTPUTS, bias=False, dtype=torch.bfloat16)})
-    te_layers.Swap(())(model, ["linear"], [{"linear": slots}], common, {})
+    te_layers.TeSwap(())(model, ["linear"], [{"linear": slots}], common, {})
     layer: Any = model["linear"]
     layer.weight.main_grad, total = torch.zeros(OUTPUTS, INPUTS), torch.zeros(OUTPUTS, INPUTS, dtype=torch.float64)
     outputs = []
@@ -159,7 +159,7 @@ def test_weight_gradients_can_come_later(quantized):
         common, model = shared(), Pair(0)
         common.deferred = [] if later else None
         slots = _slots("nvfp4") if quantized else slots_of("bf16")
-        te_layers.Swap((NormLinear("norm", "up"),))(
+        te_layers.TeSwap((NormLinear("norm", "up"),))(
             model, ["up", "down"], [dict.fromkeys(("up", "down"), slots)], common, {}
         )
         with torch.no_grad():

@@ -48,7 +48,7 @@ class Block(nn.Module):
 def swapped(model: nn.Module, table: dict[str, Slots], *joints: Any, common: Shared | None = None, later: Any = None):
     """The model with Transformer Engine's layers, and the parts. later: the table of another phase."""
     tables = [table] if later is None else [table, later]
-    return model, te_layers.Swap(joints)(model, list(table), tables, common or shared(), {})
+    return model, te_layers.TeSwap(joints)(model, list(table), tables, common or shared(), {})
 
 
 def alone(slots: Slots, common: Shared | None = None) -> tuple[Any, LowPrecisionLinear]:

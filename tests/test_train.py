@@ -72,11 +72,21 @@ def test_number_of_ranks_and_micro_batches_do_not_change_the_run(tmp_path):
 
 
 SLOW = pytest.mark.slow
+# Packed 4-bit states and BF16 weights without masters, both rounded stochastically; matrices of more than 4096 numbers.
+CODED = (
+    "model.hidden_size=128",
+    "optimizer.exp_avg=dynamic4_b128",
+    "optimizer.exp_avg_sq=linear4_b128",
+    "optimizer.master=none",
+    "optimizer.update=stochastic",
+)
 
 
-@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=SLOW) for stage in (0, 2, 3))])
-def test_killed_and_resumed_is_bit_equal_to_uninterrupted(tmp_path, stage):
-    zero = (f"zero.stage={stage}", "checkpoint.interval=10")
+@pytest.mark.parametrize(
+    ("stage", "more"), [(1, ()), (1, CODED), *(pytest.param(stage, (), marks=SLOW) for stage in (0, 2, 3))]
+)
+def test_killed_and_resumed_is_bit_equal_to_uninterrupted(tmp_path, stage, more):
+    zero = (f"zero.stage={stage}", "checkpoint.interval=10", *more)
     straight = train(tiny(tmp_path, "straight"), *zero, ranks=2)
     assert straight.returncode == 0, straight.stderr
 

@@ -104,6 +104,11 @@ def as_yaml(chosen: Sequence[Leg]) -> str:
     return "\n".join([*lines, ""]) if lines else ""
 
 
+def shown(value: float | None, form: str) -> str:
+    """A figure in words; one that JSON has no number for is null there."""
+    return "not finite" if value is None else format(value, form)
+
+
 def _number(value: float | None) -> float:
     """JSON has no infinity: no noise at all is written as null."""
     return math.inf if value is None else value

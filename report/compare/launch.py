@@ -43,7 +43,7 @@ def config_hash(name: str, overrides: tuple[str, ...]) -> str:
     tree = {
         section.name: _chosen(getattr(recipe, section.name))
         for section in dataclasses.fields(recipe)
-        if section.name not in ("name", "description", "run", "metrics", "checkpoint", "watch")
+        if section.name not in ("name", "description", "run", "metrics", "checkpoint", "watch", "probe")
     }
     text = json.dumps({key: value for key, value in tree.items() if value}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -22,7 +22,7 @@ MIN_STEPS = 30  # logged steps in common: below, no length of a block can be est
 SAME_ORDER = 0.5  # rank correlation; see above for both sides of it
 IGNORED = {"model.dtype", "model.recompute", "data.cache", "data.workers", "data.validation"}
 HASHED = {"data.train", "data.tokenizer", "data.documents"}  # what a hash of the tokens says better
-NOT_COMPARED = ("name", "description", "run", "metrics", "checkpoint", "watch")
+NOT_COMPARED = ("name", "description", "run", "metrics", "checkpoint", "watch", "probe")
 
 
 class NotComparable(UsageError):
