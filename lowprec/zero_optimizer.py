@@ -57,6 +57,7 @@ class LowPrecisionZero(_Base):
         self.main_grads = MainGrads((lambda param: self._accumulators[self.get_param_id(param)]) if in_place else None)
         self.errors: dict[int, Tensor] = {}
         self.gradient_bytes = self.sent_bytes = 0
+        self._has_stepped = False
         self.accept: Callable[[float], bool] | None = None
         self.tally = Tally.nothing()
         self._saturated: list[tuple[Tensor, int]] = []
@@ -132,7 +133,7 @@ class LowPrecisionZero(_Base):
         self._accumulators.pop(self.get_param_id(param), None)
 
     def reduce_independent_p_g_buckets_and_remove_grads(self, param: Any, i: int) -> None:
-        self.gradient_bytes = max(self.gradient_bytes, self._held_gradients())
+        self._note_held_gradients()
         super().reduce_independent_p_g_buckets_and_remove_grads(param, i)
         if self.use_grad_accum_attribute and param.numel() <= self.reduce_bucket_size:  # it is in the bucket now
             self._accumulators.pop(self.get_param_id(param), None)
@@ -267,9 +268,11 @@ class LowPrecisionZero(_Base):
         first = min(each.place for each in parts if each.param_id == part.param_id)
         return slice(part.place - first, part.place - first + part.size)
 
-    def _held_gradients(self) -> int:
-        stores = [*self._accumulators.values(), *(piece.store for piece in self.pieces)]
-        return sum(store.nbytes for store in stores)
+    def _note_held_gradients(self) -> None:
+        """Until the first step is done: later ones hold the same, and every parameter of every step would ask."""
+        if not self._has_stepped:
+            stores = [*self._accumulators.values(), *(piece.store for piece in self.pieces)]
+            self.gradient_bytes = max(self.gradient_bytes, sum(store.nbytes for store in stores))
 
     # The step
     def step(self, closure: Callable | None = None) -> None:
@@ -278,7 +281,8 @@ class LowPrecisionZero(_Base):
         A norm that is not finite, or that `accept` refuses, leaves weights and states as they are.
         """
         self.micro_step_id = -1
-        self.gradient_bytes = max(self.gradient_bytes, self._held_gradients())
+        self._note_held_gradients()
+        self._has_stepped = True
         norm = self._norm()
         self._global_grad_norm = norm if math.isfinite(norm) else float("inf")
         self.overflow = not math.isfinite(norm) or self.accept is not None and not self.accept(norm)

@@ -1,6 +1,6 @@
 """The Triton kernels: under Triton's interpreter in a process of its own, on a GPU, as PTX, and without Triton.
 
-What is compared stands in tests/triton_cases.py.
+What is compared stands in tests/triton_cases.py and tests/triton_adamw_cases.py.
 """
 
 from __future__ import annotations
@@ -9,17 +9,24 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import optim_case
 import pytest
 import torch
 
 from lowprec import dispatch
+from lowprec.adamw import Update
+from lowprec.codecs import Extent
 from lowprec.formats import SPECS, QuantSpec, resolve_spec
+from lowprec.kernels.adamw import Job
+from lowprec.philox import RandomKey
 from lowprec.quantized import Axis
 
 ROOT = Path(__file__).parent.parent
+CASES = ("tests/triton_cases.py", "tests/triton_adamw_cases.py")
 has_triton = pytest.mark.skipif(
     subprocess.run([sys.executable, "-c", "import triton"], capture_output=True).returncode != 0,
     reason="Triton is not installed",
@@ -27,13 +34,13 @@ has_triton = pytest.mark.skipif(
 
 
 def run_cases(*arguments: str, interpreted: bool) -> None:
-    """Run tests/triton_cases.py; all that is selected has to pass."""
+    """Run the files of cases; all that is selected has to pass."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if interpreted:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     plain = ("-o", "addopts=", "-p", "no:cacheprovider", "-q")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *plain, "tests/triton_cases.py", *arguments],
+        [sys.executable, "-m", "pytest", *plain, *CASES, *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -153,20 +160,25 @@ def compiled(spec: QuantSpec, axis: Axis, packed: bool, words: list[int], shape:
     )
 
 
+def assert_exact(kernel: Any) -> None:
+    """No contraction, no approximate division or root, no flush but where floor may: its inputs have the same floor."""
+    found = set(re.findall(r"^\s+(?:@%p\d+ )?([a-z]+\.[\w.:]*f32[\w.]*)", kernel.asm["ptx"], re.MULTILINE))
+    assert {i for i in found if i.startswith("mul")}, found
+    assert not [i for i in found if re.match(r"fma|.*approx|.*full", i)], found
+    assert {i for i in found if "ftz" in i} <= {"cvt.rmi.ftz.f32.f32"}, found
+    assert {i for i in found if i.startswith("div")} <= {"div.rn.f32"}, found
+    assert {i for i in found if i.startswith("sqrt")} <= {"sqrt.rn.f32"}, found
+
+
 @has_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiles_for_gpus_without_inexact_instructions(name: str, capability: int) -> None:
-    """No contraction, no approximate division, no flush but where floor may: its flushed inputs have the same floor."""
     for axis in (-1, 0):
         for packed in (False, True):
             for shape in ((256, 512), (1, 7)):
                 kernel = compiled(COMPILED[name], axis, packed, [5, 7, 9, -3, 11], shape)
-                found = set(re.findall(r"^\s+(?:@%p\d+ )?([a-z]+\.[\w.:]*f32[\w.]*)", kernel.asm["ptx"], re.MULTILINE))
-                assert {i for i in found if i.startswith("mul")}, found
-                assert not [i for i in found if re.match(r"fma|.*approx|.*full", i)], found
-                assert {i for i in found if "ftz" in i} <= {"cvt.rmi.ftz.f32.f32"}, found
-                assert {i for i in found if i.startswith("div")} <= {"div.rn.f32"}, found
+                assert_exact(kernel)
 
 
 @has_triton
@@ -175,3 +187,47 @@ def test_words_do_not_compile_anew(capability: int) -> None:
     """Steps and keys that are 1, multiples of 16, negative or wide give one kernel."""
     words = ([5, 7, 9, -3, 11], [1, 16, 0, 1, 1], [2**62, 2**40, -(2**60), -1, 0])
     assert len({compiled(COMPILED["nvfp4"], -1, False, w, (256, 512)).hash for w in words}) == 1
+
+
+class _Compiling:
+    """In the place of a kernel: compiles what would be launched."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.found = kernel, []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *arguments, **options: self.found.append(self.kernel.warmup(*arguments, grid=(1,), **options))
+
+
+@has_triton
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "update",
+    [
+        Update(exp_avg="fp8_e4m3", exp_avg_sq="fp16_scaled", master="fp16_scaled"),
+        Update(exp_avg="dynamic4_b128", exp_avg_sq="linear4_rank1", master="none", update="stochastic"),
+        Update(exp_avg="fp8_e4m3_b256", exp_avg_sq="dynamic8_b256", master="bf16", update="kahan"),
+        Update(exp_avg="bf16", exp_avg_sq="bf16", master="none", update="collage_plus"),
+    ],
+    ids=optim_case.name_of,
+)
+def test_optimizer_compiles_without_inexact_instructions(
+    update: Update, capability: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowprec.kernels.gpu import adamw, adamw_programs
+
+    kernels = [_Compiling(adamw_programs.maxima_kernel), _Compiling(adamw_programs.adamw_kernel)]
+    monkeypatch.setattr(adamw_programs, "maxima_kernel", kernels[0])
+    monkeypatch.setattr(adamw_programs, "adamw_kernel", kernels[1])
+    for step, shape in ((1, (64, 256)), (2, (70, 90))):
+        extent = Extent.whole(shape)
+        (tensors,) = optim_case.start(update, shape, [extent])
+        hyper = replace(optim_case.HYPER, step=step)
+        grad = torch.zeros(extent.count)
+        job = Job(update.codecs(shape), update.update, extent, tensors, grad, hyper.numbers)
+        found = adamw.statistics(job) if update.statistics_length(shape) else None
+        key = RandomKey(seed=1, step=step) if update.update == "stochastic" else None
+        adamw.apply(job, found, key, measure=True)
+    assert len(kernels[1].found) == 2 and all("sqrt.rn.f32" in kernel.asm["ptx"] for kernel in kernels[1].found)
+    for kernel in (each for part in kernels for each in part.found):
+        assert_exact(kernel)

@@ -1,5 +1,7 @@
 """The fused AdamW step: the same bits as the plain one in lowprec/adamw.py, in one pass over each tensor.
 
+On CPUs the C++ operator of cpu/adamw_ops.cpp, on GPUs the Triton kernels of gpu/adamw_programs.py.
+
     states   fp32, bf16, fp16_scaled, fp8_e4m3, fp8_e4m3_b256, dynamic8_b256, dynamic4_b128, linear4_b128, linear4_rank1
     weight   fp32, fp16_scaled, bf16
     rules    all; stochastic rounding of weights with the same bits
@@ -21,6 +23,8 @@ from torch import Tensor
 from lowprec import kernels
 from lowprec.codebooks import codebook, thresholds
 from lowprec.codecs import UNIT, Codec, Coded, Extent
+from lowprec.kernels import gpu
+from lowprec.kernels.gpu import adamw as gpu_adamw
 from lowprec.philox import RandomKey
 
 _STORES = {  # enum Store in cpu/adamw_job.h
@@ -54,8 +58,8 @@ class Job:
 
     def problem(self) -> str | None:
         """None if the kernel can do it; else why not."""
-        if self.grad.device.type != "cpu":
-            return "tensors on this device"
+        if self.grad.device.type not in ("cpu", "cuda"):
+            return f"tensors on {self.grad.device.type}"
         if "exp_avg_sq" not in self.codecs:
             return "factored second moments"
         for name, codec in self.codecs.items():
@@ -65,16 +69,20 @@ class Job:
                 return "ties that go up"
         if self.rule == "stochastic" and not self.extent.aligned:
             return "random bits of a fragment that begins within a unit"
-        return _unavailable_because()
+        return gpu.unavailable_because() if self.grad.is_cuda else _unavailable_because()
 
     def statistics(self) -> Tensor:
         """Maxima [as the codecs' statistics, one after the other]."""
+        if self.grad.is_cuda:
+            return gpu_adamw.statistics(self)
         return torch.ops.lowprec_cpu.adamw_maxima(
             self._places(), self._tables(), self.grad, self._spec(), list(self.numbers)
         )
 
     def apply(self, statistics: Tensor | None, key: RandomKey | None, measure: bool) -> Tensor:
         """Step in place. Returns float64 [3], the first three sums of a tally. key: of the weight's random bits."""
+        if self.grad.is_cuda:
+            return gpu_adamw.apply(self, statistics, key, measure)
         random = torch.tensor([*key.words(), key.step, self.extent.offset // 256, 0]) if key is not None else None
         return torch.ops.lowprec_cpu.adamw(
             self._places(), self._tables(), self.grad, statistics, random, self._spec(), list(self.numbers), measure
