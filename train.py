@@ -23,12 +23,9 @@ import time
 import warnings
 from pathlib import Path
 
-from rich.console import Console
-
 import recipe as recipes
 from report.metrics import StepRecord
-from report.plan import command
-from report.plan.command import Options
+from report.plan import command as plans
 from run import exits
 from run.build import build
 from run.dry_run import dry_run
@@ -88,7 +85,8 @@ def main(argv: list[str]) -> int:
             print(dry_run(recipes.resolve(options.recipe, tuple(overrides)), options.world_size, options.rank))
             return 0
         if options.plan:
-            return show_plan(options, tuple(overrides))
+            plans.run(recipes.resolve(options.recipe, tuple(overrides)), plans.Options.of(options))
+            return 0
         recipe = recipes.load(options.recipe, tuple(overrides), launch.world_size)
         run_dir = Path(recipe.run.dir)
         if launch.rank == 0:
@@ -172,14 +170,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     if options.dry_run and (options.list or options.resume != "auto" or options.allow_precision_change):
         parser.error("--dry-run resumes nothing and lists nothing; drop --list, --resume and --allow-precision-change")
     return options, overrides
-
-
-def show_plan(options: argparse.Namespace, overrides: tuple[str, ...]) -> int:
-    """Print the plan of a recipe; the exit code says whether its layout fits."""
-    recipe = recipes.resolve(options.recipe, overrides)
-    asked = {key: getattr(options, key) for key in ("gpu", "nodes", "gpus_per_node", "json")}
-    wanted = Options(**{key: value for key, value in asked.items() if value is not None})
-    return command.run(recipe, wanted, Console(highlight=False))
 
 
 def print_recipes() -> int:

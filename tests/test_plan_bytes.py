@@ -164,7 +164,7 @@ def test_planned_bytes_are_those_of_real_runs():
     for name in CASES:
         recipe = _recipe(name)
         planner = Planner(recipe, _cpu(), 2, _gemm_dtype())
-        plan = planner.plan(recipe, 2, timed=False)
+        plan = planner.in_bytes(recipe, 2)
         peak = max(each[name][1] for each in measured)
         assert plan.fullest.peak == pytest.approx(peak, rel=0.1), (name, plan.fullest, peak)
         units, layout = planner.units(recipe, ()), plan.layout

@@ -37,7 +37,7 @@ def test_recomputation_is_suggested_only_where_memory_asks_for_it():
     recipe = load("bf16_10m", overrides)
     planner = Planner(recipe, GPUS["h100"], 1)
     stages = [load("bf16_10m", (*overrides, f"zero.stage={stage}")) for stage in range(4)]
-    fits = min(planner.plan(layout, 1, timed=False).fullest.peak for layout in stages)
+    fits = min(planner.in_bytes(layout, 1).fullest.peak for layout in stages)
     assert search(planner, recipe, 1, 1).plans[0].layout.recipe.model.recompute == "none"
     small = replace(GPUS["h100"], memory=0.95 * fits, usable=1.0)
     (best,) = search(Planner(recipe, small, 1), recipe, 1, 1).plans

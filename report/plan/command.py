@@ -1,13 +1,15 @@
 """`train.py --recipe NAME --plan`: what its options mean, and what it prints.
 
-Exit code 0 where the recipe's layout fits; 1 where it is refused or does not fit (suggestions are printed all the
-same); 2 for a wrong option or recipe.
+The numbers go to stdout; that the recipe's layout is refused or does not fit is an error after them, and so is a wrong
+option or recipe.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -17,14 +19,15 @@ from errors import UsageError, UserError
 from recipe import Recipe
 from report.flops import faster_gemm
 from report.plan import calibrate, table
-from report.plan.hardware import Machine, find_machine
+from report.plan.hardware import find_machine
 from report.plan.plan import Planner
-from report.plan.report import Report, make_report, to_dict
+from report.plan.report import Report, make_report, to_dict, verdict
 from report.plan.units import trace_units, view_of
 from run.local import DTYPES
 
 SUGGESTIONS = 5
-DOES_NOT_FIT = 1
+WIDTH = 132  # of what is not a terminal
+CPU = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,14 +39,20 @@ class Options:
     gpus_per_node: int | None = None
     json: str | None = None
 
+    @classmethod
+    def of(cls, given: argparse.Namespace) -> Options:
+        """From options that are None where they were not given."""
+        asked = {field.name: getattr(given, field.name) for field in fields(cls)}
+        return cls(**{name: value for name, value in asked.items() if value is not None})
 
-def run(recipe: Recipe, options: Options, console: Console) -> int:
-    """Plan, print, write. Raises UserError."""
+
+def run(recipe: Recipe, options: Options) -> None:
+    """Plan, print, write. Raises UserError; where the layout is refused or does not fit, after that."""
     world, per_node = _size(recipe, options)
-    planner = _planner(recipe, options.gpu, world, per_node)
-    report = make_report(planner, recipe, world, SUGGESTIONS)
-    _write(report, options.json, console)
-    return 0 if report.plan is not None and report.plan.fits else DOES_NOT_FIT
+    report = make_report(_planner(recipe, options.gpu, world, per_node), recipe, world, SUGGESTIONS)
+    _write(report, options.json)
+    if (problem := verdict(report)) is not None:
+        raise UsageError(problem)
 
 
 def _size(recipe: Recipe, options: Options) -> tuple[int, int]:
@@ -52,7 +61,7 @@ def _size(recipe: Recipe, options: Options) -> tuple[int, int]:
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}; it must be at least 1")
     ranks = recipe.parallel.ranks or 1
-    per_node = options.gpus_per_node or (ranks if options.gpu == "cpu" else 8)
+    per_node = options.gpus_per_node or (ranks if options.gpu == CPU else 8)
     if options.nodes is None and options.gpus_per_node is None:
         return ranks, min(per_node, ranks)
     if options.nodes is None:
@@ -61,7 +70,7 @@ def _size(recipe: Recipe, options: Options) -> tuple[int, int]:
 
 
 def _planner(recipe: Recipe, gpu: str, world: int, per_node: int) -> Planner:
-    if gpu != "cpu":
+    if gpu != CPU:
         return Planner(recipe, find_machine(gpu), per_node)
     if recipe.section_problems() or recipe.problems(world):
         # Nothing can be traced, and so nothing be measured, of a layout that is none: one that asks for less will do.
@@ -72,18 +81,17 @@ def _planner(recipe: Recipe, gpu: str, world: int, per_node: int) -> Planner:
     dtype = faster_gemm(DTYPES[recipe.model.dtype], torch.device("cpu"))
     recompute = recipe.model.recompute
     units = trace_units(recipe, view_of(recipe, dtype), [recompute])[recompute]
-    machine: Machine = calibrate.measure_together(units, recipe.optimizer, world)
-    return Planner(recipe, machine, per_node, dtype)
+    return Planner(recipe, calibrate.measure_together(units, recipe.optimizer, world), per_node, dtype)
 
 
-def _write(report: Report, target: str | None, console: Console) -> None:
+def _write(report: Report, target: str | None) -> None:
     text = json.dumps(to_dict(report), indent=1)
     if target == "-":
         print(text)
         return
-    table.show(report, console)
+    table.show(report, Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH))
     if target is not None:
         try:
-            Path(target).write_text(text + "\n")
+            Path(target).write_text(text + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write --json {target}: {error.strerror}; name another file, or -") from None

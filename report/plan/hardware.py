@@ -22,18 +22,19 @@ from report.flops import Peak, table_row
 from strict_yaml import load_yaml
 
 GUESS = "guessed"
-HOPPER = frozenset({"fp8_tensor", "fp8_block"})
-BLACKWELL = frozenset({"fp8_tensor", "fp8_block", "mxfp8", "mxfp6", "mxfp4", "nvfp4"})
-CDNA3 = frozenset({"fp8_tensor"})
-CDNA4 = frozenset({"fp8_tensor", "mxfp8", "mxfp6", "mxfp4"})
+# What Transformer Engine's kernels multiply natively (docs/hardware.md). It has none for MXFP6 and MXFP4, and none of
+# this repository's paths are native on AMD.
+ADA = frozenset({"fp8_tensor"})
+HOPPER = ADA | {"fp8_block"}
+BLACKWELL = HOPPER | {"mxfp8", "nvfp4"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """One device, and how it reaches the others.
 
-    peaks:     dense FLOP/s by what is multiplied: bf16, and fp8, fp6, fp4 where it has them; fp32 of vector units
-    native:    kinds of operands (report/plan/copies.py) that its matrix units multiply; others are emulated in BF16
+    peaks:     dense FLOP/s by what is multiplied: bf16, fp8 and fp4 where kernels here take them; fp32 of vector units
+    native:    kinds of operands (report/plan/copies.py) that kernels multiply here; others are emulated in BF16
     turns:     whether an FP8 GEMM reads either direction of an operand with one scale
     memory:    bytes; `usable` of them are for tensors: the rest is context, NCCL's buffers, fragmentation
     bandwidth: of its memory
@@ -79,8 +80,7 @@ class Machine:
         """What a GEMM of these kinds of operands runs as: bf16, or the wider of two native elements."""
         if a is None or b is None or not {a, b} <= self.native:
             return "bf16"
-        elements = [next(name for name in ("fp8", "fp6", "fp4") if name[2] in kind.split("_")[0]) for kind in (a, b)]
-        return max(elements, key=lambda name: int(name[2]))
+        return "fp4" if "fp4" in a and "fp4" in b else "fp8"
 
     def rate(self, name: str, size: float) -> float | None:
         """The measured rate of operations of a kind whose size is nearest; None where it was not measured."""
@@ -123,7 +123,7 @@ def _gpu(
 
 
 _FP8 = {"fp8": 2.0}
-_FP4 = {"fp8": 2.0, "fp6": 2.0, "fp4": 4.0}
+_FP4 = {"fp8": 2.0, "fp4": 4.0}
 _ULTRA = _FP4 | {"fp4": 6.0}
 
 GPUS: Mapping[str, Machine] = MappingProxyType(
@@ -151,13 +151,10 @@ GPUS: Mapping[str, Machine] = MappingProxyType(
                 "gb300", "NVIDIA GB300", _NVIDIA + "gb300-nvl72/", _ULTRA, 80, 279, 8.0, 900, native=BLACKWELL,
                 turns=True, domain=72, inter=100e9,
             ),
-            _gpu("l40s", "NVIDIA L40S", _NVIDIA + "l40s/", _FP8, 91.6, 48, 0.864, 32, native=HOPPER, inter=12.5e9),
-            _gpu("mi300x", "AMD Instinct MI300X", _AMD + "mi300/mi300x.html", _FP8, 163.4, 192, 5.3, 448, native=CDNA3),
-            _gpu("mi325x", "AMD Instinct MI325X", _AMD + "mi300/mi325x.html", _FP8, 163.4, 256, 6.0, 448, native=CDNA3),
-            _gpu(
-                "mi355x", "AMD Instinct MI355X", _AMD + "mi350/mi355x.html",
-                {"fp8": 2.0, "fp6": 4.0, "fp4": 4.0}, 157.3, 288, 8.0, 537, native=CDNA4,
-            ),
+            _gpu("l40s", "NVIDIA L40S", _NVIDIA + "l40s/", _FP8, 91.6, 48, 0.864, 32, native=ADA, inter=12.5e9),
+            _gpu("mi300x", "AMD Instinct MI300X", _AMD + "mi300/mi300x.html", {}, 163.4, 192, 5.3, 448),
+            _gpu("mi325x", "AMD Instinct MI325X", _AMD + "mi300/mi325x.html", {}, 163.4, 256, 6.0, 448),
+            _gpu("mi355x", "AMD Instinct MI355X", _AMD + "mi350/mi355x.html", {}, 157.3, 288, 8.0, 537),
         )
     }
 )  # fmt: skip

@@ -53,6 +53,15 @@ class Layout:
         head = " ".join([*words, f"dp {self.dp}"])
         return f"{head}, ZeRO {self.recipe.zero.stage}, recompute {self.recipe.model.recompute}"
 
+    def overrides(self) -> str:
+        """What a command line says to get this layout: "parallel.tp=2 ... zero.stage=1 model.recompute=full"."""
+        own = self.recipe.parallel
+        words = {"parallel.tp": self.tp, "parallel.sp": str(own.sp).lower(), "parallel.pp": self.pp}
+        if self.pp > 1:
+            words["parallel.schedule"] = own.schedule
+        words |= {"zero.stage": self.recipe.zero.stage, "model.recompute": self.recipe.model.recompute}
+        return " ".join(f"{key}={value}" for key, value in words.items())
+
 
 def lay_out(recipe: Recipe, world: int, per_node: int) -> Layout:
     """The layout of a recipe that is valid on `world` ranks, `per_node` on each node."""

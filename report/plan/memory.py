@@ -67,7 +67,14 @@ class Micro:
 
 @dataclass(frozen=True)
 class RankBytes:
-    """One pipeline rank. activations: the most that forwards keep; logits: once, if it has them."""
+    """One pipeline rank.
+
+    held:        bytes by kind, all step long;  moments: what each moment has on top of them
+    gradients:   when all micro-batches have added up
+    activations: the most that forwards keep, the logits included where they are kept
+    logits:      of one micro-batch, if it has them
+    buckets:     in which gradients wait for their reduction
+    """
 
     pp_rank: int
     parameters: int
@@ -76,6 +83,7 @@ class RankBytes:
     gradients: int
     activations: int
     logits: int
+    buckets: int
 
     @property
     def peak(self) -> int:
@@ -141,7 +149,8 @@ def rank_bytes(layout: Layout, units: Units, setting: Setting, pp_rank: int) -> 
         moments=moments | engine.moments(),
         gradients=engine.accumulated,
         activations=kept,
-        logits=_logits(layout) if last in own else 0,
+        logits=units.logits if last in own else 0,
+        buckets=engine.bucket,
     )
 
 
@@ -188,11 +197,6 @@ def _alone(layout: Layout, stage: Micro, engine: Engine | Engine3) -> dict[str, 
     before = (more if layout.recipe.zero.stage < 2 else 0) + engine.accumulated
     rest = [here + engine.accumulated + more + inside for here in others]
     return {"forward": stage.forward + before, "backward": max([first + before, *rest])}
-
-
-def _logits(layout: Layout) -> int:
-    train, model = layout.recipe.train, layout.recipe.model
-    return train.micro_batch * train.seq_len * (model.vocab_size // layout.tp) * (2 if model.dtype == "bf16" else 4)
 
 
 def _held(layout: Layout, parameters: Sequence[Parameter], flat: Partition) -> dict[str, int]:

@@ -33,8 +33,9 @@ class Utilization:
 
     @classmethod
     def of(cls, flops_per_s: float, peak: Peak) -> Utilization:
-        refused = peak.refuted_by(flops_per_s)
-        return cls(peak, None if refused else flops_per_s / peak.flops, refused)
+        if flops_per_s <= peak.flops:
+            return cls(peak, flops_per_s / peak.flops, None)
+        return cls(peak, None, f"{flops_per_s / 1e12:.4g} TFLOP/s a device are above {peak}: no share of it")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Plan:
 
     ranks:    bytes of every pipeline rank
     shares:   FLOPs of a step by GEMM leg, operands and what they are multiplied as
-    native:   whether quantized GEMMs are taken to run in native kernels
+    native:   whether quantized GEMMs are taken to run in native kernels where the machine has them
+    emulated: else why not
     compiled: whether blocks are taken to be compiled
     """
 
@@ -53,6 +55,7 @@ class Plan:
     step: StepTime
     shares: tuple[Share, ...]
     native: bool
+    emulated: tuple[str, ...]
     compiled: bool
 
     @property
@@ -111,11 +114,11 @@ class Planner:
     """
 
     def __init__(self, recipe: Recipe, machine: Machine, per_node: int, gemm_dtype: torch.dtype | None = None) -> None:
-        self.machine, self.per_node = machine, per_node
+        self.recipe, self.machine, self.per_node = recipe, machine, per_node
         self.gemm_dtype = DTYPES[recipe.model.dtype] if gemm_dtype is None else gemm_dtype
         self._traced: dict[tuple[View, Recompute], Units] = {}
         self._fused: dict[int, Unit] = {}
-        self._pricings: dict[tuple[int, int], Pricing] = {}
+        self._pricings: dict[tuple[int, int, bool], Pricing] = {}
         self._updating: Updating | None = None
 
     def units(self, recipe: Recipe, recomputes: tuple[Recompute, ...] = RECOMPUTES) -> Units:
@@ -127,30 +130,44 @@ class Planner:
                 self._traced[view, recompute] = units
         return self._traced[view, wanted]
 
-    def plan(self, recipe: Recipe, world: int, *, timed: bool = True, recomputes: tuple[Recompute, ...] = ()) -> Plan:
-        """Of a recipe that is valid on `world` ranks. timed: else bytes alone; recomputes: traced, too."""
+    def plan(self, recipe: Recipe, world: int) -> Plan:
+        """Of a recipe that is valid on `world` ranks."""
+        return self.timed(self.in_bytes(recipe, world))
+
+    def in_bytes(self, recipe: Recipe, world: int, recomputes: tuple[Recompute, ...] = ()) -> Plan:
+        """The plan without FLOPs and time. recomputes: kinds of recomputation that are to be traced with it."""
         machine, layout = self.machine, lay_out(recipe, world, self.per_node)
-        units, compiles = self.units(recipe, recomputes), self.compiles(recipe)
-        if compiles:
-            units = self.compiled(units)
-        if self._updating is None:
-            self._updating = updating(machine, recipe.optimizer)
-        native = recipe.precision.backend != "emulate" and not machine.cores
-        setting = Setting(machine, native, self.gemm_dtype.itemsize, not machine.cores, self._updating.costs)
+        units = self._as_run(recipe, recomputes)
+        native = not units.emulated and not machine.cores
+        setting = Setting(machine, native, self.gemm_dtype.itemsize, not machine.cores, self._update().costs)
         ranks = tuple(rank_bytes(layout, units, setting, rank) for rank in range(layout.pp))
-        links = Links.of(layout, machine)
-        pricing = self._pricing(links, layout, native)
-        step = step_time(layout, units, pricing, links, self._updating) if timed else NOT_TIMED
+        return Plan(layout, machine, ranks, NOT_TIMED, (), native, units.emulated, self.compiles(recipe))
+
+    def timed(self, plan: Plan) -> Plan:
+        """The same with its FLOPs and time."""
+        layout, recipe = plan.layout, plan.layout.recipe
+        units, links = self._as_run(recipe), Links.of(layout, self.machine)
+        pricing = self._pricing(links, layout, plan.native)
+        step = step_time(layout, units, pricing, links, self._update())
         per_token, width = recipe.model.flops_per_token(recipe.train.seq_len), DTYPES[recipe.model.dtype].itemsize
         shares = flops_by_precision(units.linears, layout.tokens_per_step, per_token, pricing, width=width)
-        return Plan(layout, machine, ranks, step, tuple(shares), native, compiles)
+        return replace(plan, step=step, shares=tuple(shares))
+
+    def _as_run(self, recipe: Recipe, recomputes: tuple[Recompute, ...] = ()) -> Units:
+        units = self.units(recipe, recomputes)
+        return self.compiled(units) if self.compiles(recipe) else units
+
+    def _update(self) -> Updating:
+        if self._updating is None:
+            self._updating = updating(self.machine, self.recipe.optimizer)
+        return self._updating
 
     def compiles(self, recipe: Recipe) -> bool:
         """Whether a run there would compile its blocks."""
         return should_compile(recipe, torch.device("cpu" if self.machine.cores else "cuda"))
 
     def _pricing(self, links: Links, layout: Layout, native: bool) -> Pricing:
-        key = (layout.tp, links.tensor.here)
+        key = (layout.tp, links.tensor.here, native)
         if key not in self._pricings:
             self._pricings[key] = Pricing(self.machine, native, links.tensor)
         return self._pricings[key]

@@ -14,6 +14,7 @@ from errors import UsageError
 from recipe import Recipe
 from report.plan.constraints import Constraint, constraints
 from report.plan.hardware import Machine
+from report.plan.memory import RankBytes
 from report.plan.plan import Plan, Planner
 from report.plan.search import Found, search
 from report.plan.units import RECOMPUTES
@@ -80,13 +81,9 @@ def _own(planner: Planner, recipe: Recipe, world: int) -> tuple[list[str], Plan 
         dry_run(recipe, world, 0)
     except UsageError as error:
         return str(error).splitlines()[1:], None, {}
-    others = {
-        recompute: planner.plan(
-            replace(recipe, model=replace(recipe.model, recompute=recompute)), world, timed=False, recomputes=RECOMPUTES
-        )
-        for recompute in RECOMPUTES
-    }
-    return [], planner.plan(recipe, world), others
+    kinds = {name: replace(recipe, model=replace(recipe.model, recompute=name)) for name in RECOMPUTES}
+    others = {name: planner.in_bytes(kind, world, RECOMPUTES) for name, kind in kinds.items()}
+    return [], planner.timed(others[recipe.model.recompute]), others
 
 
 def _notes(planner: Planner, recipe: Recipe, plan: Plan | None) -> list[str]:
@@ -97,11 +94,8 @@ def _notes(planner: Planner, recipe: Recipe, plan: Plan | None) -> list[str]:
         found.append("gradients.two_level is not looked at: its exchange in two levels is planned as one in one")
     if plan is None:
         return found
-    quantized = any(share.a or share.b for share in plan.shares)
-    if plan.native and any(share.element not in ("bf16", "fp32") for share in plan.shares):
-        found.append("quantized GEMMs are planned as native kernels; precision.backend=emulate plans the emulation")
-    elif quantized:
-        found.append("quantized GEMMs are planned as the emulation runs them: decoded, in BF16 or FP32 products")
+    found += _how_quantized(plan)
+    found += [f"MFU against the {name}: {each.refused}" for name, each in plan.utilizations().items() if each.refused]
     if plan.compiled:
         found.append("train.compile: fusion is modelled, not run; bytes and seconds of compiled blocks are estimates")
     if recipe.zero.stage == 3:
@@ -111,12 +105,57 @@ def _notes(planner: Planner, recipe: Recipe, plan: Plan | None) -> list[str]:
     return found
 
 
+def _how_quantized(plan: Plan) -> list[str]:
+    """In which kernels quantized GEMMs were taken to run."""
+    if not any(share.a or share.b for share in plan.shares):
+        return []
+    if plan.native and any(share.element not in ("bf16", "fp32") for share in plan.shares):
+        return ["quantized GEMMs are planned as Transformer Engine's; precision.backend=emulate plans the emulation"]
+    why = list(plan.emulated) or [f"{plan.machine.name} multiplies none of these formats in a kernel that is used here"]
+    return [f"quantized GEMMs are planned as the emulation, decoded and in wider products: {'; '.join(why)}"]
+
+
+def verdict(report: Report) -> str | None:
+    """What is wrong with the recipe's own layout, and what would not be; None if it fits."""
+    plan, where = report.plan, f"{report.recipe.name} on {report.world} x {report.machine.name}"
+    if plan is not None and plan.fits:
+        return None
+    if plan is None:
+        lines = [f"{where} is refused:", *report.problems]
+    else:
+        rank, gib = plan.fullest, 2**30
+        lines = [
+            f"{where} does not fit: {plan.layout.describe()} needs {rank.peak / gib:,.2f} GiB on pipeline rank "
+            f"{rank.pp_rank} ({rank.moment}), and tensors may take {plan.limit / gib:,.2f} GiB of a device"
+        ]
+    if report.found is not None:
+        lines.append(_way_out(report.found))
+    return "\n".join(lines)
+
+
+def _way_out(found: Found) -> str:
+    if found.plans:
+        return f"of {found.tried} layouts {found.fitting} fit; the fastest: {found.plans[0].layout.overrides()}"
+    if found.tried:
+        return (
+            f"none of {found.tried} layouts fits; take more or larger devices, or a smaller train.micro_batch or "
+            "train.seq_len, or fewer bits (optimizer, gradients)"
+        )
+    return "no layout divides these ranks, this batch and this model; take other --nodes, or another train.global_batch"
+
+
 def bytes_by_recomputation(report: Report) -> dict[str, tuple[int, int, bool]]:
     """Recomputation -> (the most that forwards keep on a rank, peak of the fullest rank, whether it fits)."""
     return {
         name: (max(rank.activations for rank in plan.ranks), plan.fullest.peak, plan.fits)
         for name, plan in report.by_recomputation.items()
     }
+
+
+def by_moment(rank: RankBytes) -> dict[str, int]:
+    """Moment of a step -> bytes of the rank at its worst."""
+    held = sum(rank.held.values())
+    return {name: held + count for name, count in rank.moments.items()}
 
 
 def peak_rows(machine: Machine) -> list[tuple[str, str, str]]:
@@ -163,6 +202,7 @@ def to_dict(report: Report) -> dict[str, Any]:
         "suggestions": None if found is None else [_plan_dict(each) for each in found.plans],
         "layouts_tried": None if found is None else found.tried,
         "layouts_that_fit": None if found is None else found.fitting,
+        "refused_tensor_parallel": None if found is None else found.refused,
         "assumed": [
             {"what": what, "value": value.rstrip("*"), "source": source, "guessed": value.endswith("*")}
             for what, value, source in peak_rows(report.machine)
@@ -184,12 +224,15 @@ def _plan_dict(plan: Plan) -> dict[str, Any]:
             "recompute": recipe.model.recompute,
             "micro_batch": recipe.train.micro_batch,
             "micro_batches": layout.micro_batches,
+            "overrides": layout.overrides(),
         },
         "fits": plan.fits,
         "bytes_per_rank": rank.peak,
         "bytes_limit": int(plan.limit),
         "bytes_by_kind": rank.kinds(),
+        "bytes_by_moment": by_moment(rank),
         "bytes_logits": max(each.logits for each in plan.ranks),
+        "bytes_buckets": rank.buckets,
         "peak_moment": rank.moment,
         "ranks": [
             {"pp_rank": each.pp_rank, "parameters": each.parameters, "peak_bytes": each.peak, "moment": each.moment}
@@ -215,6 +258,10 @@ def _plan_dict(plan: Plan) -> dict[str, Any]:
     }
 
 
+# The keys of `_plan_dict`, where there is no plan.
 _NOTHING: Mapping[str, None] = dict.fromkeys(
-    "layout fits bytes_per_rank bytes_by_kind tokens_per_second step_seconds bubble days flops mfu traffic".split()
+    (
+        "layout fits bytes_per_rank bytes_limit bytes_by_kind bytes_by_moment bytes_logits bytes_buckets peak_moment "
+        "ranks tokens_per_second step_seconds step_parts micro_batch_kinds bubble days flops mfu traffic"
+    ).split()
 )

@@ -82,7 +82,8 @@ def _with_tensor_parallel(planner: Planner, recipe: Recipe, world: int, tp: int)
         if world % (tp * pp):
             continue
         below3 = False
-        for stage in (0, 1, 2, 3):
+        stages: tuple[Stage, ...] = (0, 1, 2, 3) if world > tp * pp else (0,)
+        for stage in stages:
             if stage == 3 and below3:
                 continue
             plan, seen = _least_recomputation(planner, world, _degrees_of(recipe, tp, pp, stage))
@@ -100,8 +101,8 @@ def _least_recomputation(planner: Planner, world: int, changed: Recipe) -> tuple
     for seen, recompute in enumerate(RECOMPUTES, 1):
         layout = replace(changed, model=replace(changed.model, recompute=recompute))
         more = () if recompute == "none" else RECOMPUTES  # traced together, if at all
-        if planner.plan(layout, world, timed=False, recomputes=more).fits:
-            return planner.plan(layout, world), seen
+        if (plan := planner.in_bytes(layout, world, more)).fits:
+            return planner.timed(plan), seen
     return None, len(RECOMPUTES)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from report.plan.report import Report, bytes_by_recomputation, peak_rows
+from report.plan.plan import Plan
+from report.plan.report import Report, by_moment, bytes_by_recomputation, peak_rows
 
 GIB = 2**30
 
@@ -29,30 +30,24 @@ def share(value: float | None) -> str:
 
 
 def show(report: Report, console: Console) -> None:
-    """Print everything: problems first, then the layout's figures, what fails, suggestions, and what was assumed."""
+    """Print everything: the layout's figures, sizes that fail, layouts that fit, and what was assumed."""
     recipe, machine = report.recipe, report.machine
     console.print(
         f"{recipe.name}: {report.parameters:,} parameters on {report.world} x {machine.name} "
         f"({report.nodes} node{'s' * (report.nodes > 1)} of {report.per_node})",
         markup=False,
     )
-    for problem in report.problems:
-        console.print(f"refused: {problem}", style="red", markup=False)
-    if report.plan is not None:
-        _layout(report, console)
-        for table in (
-            _bytes(report),
-            _activations(report),
-            _flops(report),
-            _step(report),
-            _traffic(report),
-            _mfu(report),
-        ):
+    if (plan := report.plan) is not None:
+        _layout(plan, report.tokens, console)
+        for table in (_bytes(plan), _activations(report), _flops(plan), _step(plan), _traffic(plan), _mfu(plan)):
             console.print(table)
     for table in (_constraints(report), _suggestions(report)):
         if table is not None:
             console.print(table)
     console.print(_assumptions(report))
+    refused = report.found.refused if report.found is not None else {}
+    for tp, why in refused.items():
+        console.print(f"Not tried: parallel.tp={tp}: {why}", markup=False)
     for note in report.notes:
         console.print(f"Note: {note}", markup=False)
 
@@ -64,27 +59,32 @@ def _table(title: str, *columns: str, left: int = 1) -> Table:
     return made
 
 
-def _layout(report: Report, console: Console) -> None:
-    plan = report.plan
-    assert plan is not None
-    verdict = "[green]fits[/]" if plan.fits else "[red]does not fit[/]"
+def _layout(plan: Plan, tokens: int, console: Console) -> None:
+    verdict = "fits" if plan.fits else "does not fit"
     console.print(
         f"{plan.layout.describe()}: {verdict}, {gib(plan.fullest.peak)} of {gib(plan.limit)} GiB on the fullest rank; "
-        f"{plan.tokens_per_second:,.0f} tokens/s, {plan.days:,.1f} days for {report.tokens / 1e9:,.1f} G tokens"
+        f"{plan.tokens_per_second:,.0f} tokens/s, {plan.days:,.1f} days for {tokens / 1e9:,.1f} G tokens",
+        markup=False,
     )
 
 
-def _bytes(report: Report) -> Table:
-    plan = report.plan
-    assert plan is not None
+def _bytes(plan: Plan) -> Table:
     rank = plan.fullest
-    table = _table(
-        f"Bytes of pipeline rank {rank.pp_rank} at its peak ({rank.moment})", "copy", "GiB", "bytes a parameter"
-    )
+    table = _table(f"Bytes of pipeline rank {rank.pp_rank}", "copy", "GiB", "bytes a parameter")
+
+    def add(name: str, count: int) -> None:
+        table.add_row(name, gib(count), f"{count / rank.parameters:.3f}")
+
     for kind, count in rank.kinds().items():
-        table.add_row(kind, gib(count), f"{count / rank.parameters:.3f}")
+        add(kind, count)
     table.add_section()
-    table.add_row("together", gib(rank.peak), f"{rank.peak / rank.parameters:.3f}")
+    add(f"at its peak ({rank.moment})", rank.peak)
+    for moment, count in by_moment(rank).items():
+        if moment != rank.moment:
+            add(f"in its {moment}", count)
+    table.add_section()
+    add("logits of a micro-batch, while they are there", max(each.logits for each in plan.ranks))
+    add("buckets of gradients, while they are there", rank.buckets)
     return table
 
 
@@ -95,9 +95,7 @@ def _activations(report: Report) -> Table:
     return table
 
 
-def _flops(report: Report) -> Table:
-    plan = report.plan
-    assert plan is not None
+def _flops(plan: Plan) -> Table:
     total = sum(each.flops for each in plan.shares)
     table = _table("FLOPs of a step by GEMM", "GEMM", "a", "b", "multiplied as", "FLOPs", "share", left=4)
     for each in plan.shares:
@@ -106,9 +104,7 @@ def _flops(report: Report) -> Table:
     return table
 
 
-def _step(report: Report) -> Table:
-    plan = report.plan
-    assert plan is not None
+def _step(plan: Plan) -> Table:
     table = _table("One step", "part", "ms", "share")
     for name, seconds in plan.step.parts.items():
         note = f" (bubble {share(plan.step.bubble)})" if name == "micro-batches" and plan.layout.pp > 1 else ""
@@ -120,22 +116,18 @@ def _step(report: Report) -> Table:
     return table
 
 
-def _traffic(report: Report) -> Table:
-    plan = report.plan
-    assert plan is not None
-    columns = ("what", "group", "kind", "payload", "ranks", "nodes", "times", "sent", "between nodes", "ms", "exposed")
-    table = _table("Sent by a rank in a step", *columns, left=4)
+def _traffic(plan: Plan) -> Table:
+    """What a rank sends; `ranks` are those of the group, and the nodes that they lie on."""
+    columns = ("what", "collective", "ranks", "times", "sent", "between nodes", "ms", "exposed")
+    table = _table("Sent by a rank in a step", *columns, left=2)
     for t in plan.step.transfers:
-        numbers = (str(t.members), str(t.nodes), f"{t.count:,}", si(t.sent, "B"), si(t.between, "B"))
-        table.add_row(
-            t.what, t.group, t.kind, t.payload, *numbers, f"{1e3 * t.seconds:,.1f}", f"{1e3 * t.exposed:,.1f}"
-        )
+        numbers = (f"{t.members} on {t.nodes}", f"{t.count:,}", si(t.sent, "B"), si(t.between, "B"))
+        milliseconds = (f"{1e3 * t.seconds:,.1f}", f"{1e3 * t.exposed:,.1f}")
+        table.add_row(f"{t.what} ({t.group})", f"{t.kind} {t.payload}", *numbers, *milliseconds)
     return table
 
 
-def _mfu(report: Report) -> Table:
-    plan = report.plan
-    assert plan is not None
+def _mfu(plan: Plan) -> Table:
     table = _table("Model FLOP/s utilization", "against", "MFU", "peak", left=1)
     for name, each in plan.utilizations().items():
         table.add_row(name, share(each.value), str(each.peak))
@@ -164,7 +156,7 @@ def _suggestions(report: Report) -> Table | None:
     return table
 
 
-def _suggestion(plan) -> Sequence[str]:  # noqa: ANN001
+def _suggestion(plan: Plan) -> Sequence[str]:
     bf16 = plan.utilizations()["BF16 peak"].value
     return (
         plan.layout.describe(),

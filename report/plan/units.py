@@ -8,6 +8,7 @@ trace itself is a `View`. The parts are those that a run would build (run/local.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,22 +19,23 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
-from torch.distributed._tools import fake_collectives  # noqa: F401  (registers collectives of tensors without memory)
 from torch.utils.checkpoint import checkpoint
 
 from lowprec.apply import Precision
+from lowprec.backend import reasons_of_the_recipe
 from lowprec.fragments import Shard
 from lowprec.linear import LowPrecisionLinear
+from lowprec.native import native
 from lowprec.payload import Payload, parse_payload
 from model.attention import Attention
 from model.mamba import Mamba
 from model.transformer import Transformer, document_mask
-from parallel.mesh import SPLIT_BACKWARD, ParallelConfig, build_mesh
+from parallel.mesh import SPLIT_BACKWARD, Mesh, ParallelConfig, build_mesh
 from recipe import Recipe
 from report.plan.partition import Parameter
 from report.plan.trace import Phase, Quantizers, Receipt, Trace
 from run.dry_run import fake_group
-from run.local import DTYPES, give_precision, place_parts
+from run.local import DTYPES, Placed, give_precision, place_parts, situation
 
 Recompute = Literal["none", "selective", "full"]
 RECOMPUTES: tuple[Recompute, ...] = get_args(Recompute)
@@ -98,6 +100,8 @@ class Units:
     dims:    dimensions of each parameter as its module has it
     linears: all of the model
     hidden:  bytes of what travels between stages
+    logits:  bytes of the logits of a micro-batch
+    emulated: why no native kernels multiply the quantized linears, whatever the GPU; empty if they may
     """
 
     first: Unit
@@ -109,6 +113,8 @@ class Units:
     dims: Mapping[str, int]
     linears: tuple[Linear, ...]
     hidden: int
+    logits: int
+    emulated: tuple[str, ...]
 
 
 def view_of(recipe: Recipe, gemm_dtype: torch.dtype) -> View:
@@ -128,6 +134,7 @@ def trace_units(recipe: Recipe, view: View, recomputes: Sequence[Recompute] = RE
         parallel=ParallelConfig(tp=view.tp, sp=view.sp),
         zero=replace(recipe.zero, stage=1 if view.keep_weights else 3),
     )
+    importlib.import_module("torch.distributed._tools.fake_collectives")  # registers those of tensors without memory
     with fake_group(0, view.tp), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         mesh = build_mesh(whole.parallel)
@@ -143,7 +150,21 @@ def trace_units(recipe: Recipe, view: View, recomputes: Sequence[Recompute] = RE
                 parameter.register_post_accumulate_grad_hook(_drop)
             payload = None if recipe.parallel.sp_payload == "exact" else parse_payload(recipe.parallel.sp_payload)
             tracer = _Tracer(whole, view, part, precision, placed.held, payload)
-            return {recompute: tracer.units(recompute) for recompute in recomputes}
+            emulated = _emulated(recipe, whole, mesh, placed)
+            return {recompute: tracer.units(recompute, emulated) for recompute in recomputes}
+
+
+def _emulated(recipe: Recipe, whole: Recipe, mesh: Mesh, placed: Placed) -> tuple[str, ...]:
+    """Why Transformer Engine's kernels, the only native ones, do not multiply the linears. whole: as it is traced."""
+    if recipe.precision.backend == "emulate":
+        return ("precision.backend is emulate",)
+    payload = recipe.parallel.sp_payload if whole.parallel.sp else "exact"
+    asked = replace(whole, parallel=replace(whole.parallel, sp_payload=payload))
+    case = situation(asked, mesh, placed, "cuda")
+    custom = [slots.scheme for slots in case.schemes() if native(slots) is None]
+    if recipe.precision.backend == "te" and custom:
+        return (f"scheme {', '.join(custom)} is none of Transformer Engine's own recipes, which dequantize it first",)
+    return tuple(reasons_of_the_recipe(case))
 
 
 def _pretend(part: nn.Module) -> None:
@@ -175,7 +196,7 @@ class _Tracer:
         self.queue: list[tuple[nn.Parameter, Callable[[], Tensor]]] = []
         shared.deferred = self.queue if view.split else None
 
-    def units(self, recompute: Recompute) -> Units:
+    def units(self, recompute: Recompute, emulated: tuple[str, ...]) -> Units:
         train, model, part = self.recipe.train, self.recipe.model, self.part
         self._set(recompute)
         tokens = torch.empty(train.micro_batch, train.seq_len, dtype=torch.int64)
@@ -206,6 +227,8 @@ class _Tracer:
             dims={name: p.ndim for name, p in part.named_parameters()},
             linears=tuple(self._linears()),
             hidden=x.numel() * x.element_size(),
+            logits=max(count for op in last.forward.ops if op.kind == "gemm" for _, count in op.writes),
+            emulated=emulated,
         )
 
     def _set(self, recompute: Recompute) -> None:
