@@ -5,14 +5,16 @@ the steps, and trained by the code of a run (run/local.py, the engine, the pipel
 rank. Bytes are the most that live tensors hold during a step: a dispatch mode sees every operation, notes the storages
 that it makes and, through weak references, when they die; a storage counts once. On one rank the CPU allocator's own
 records (torch.profiler) are a second witness. Seconds are the median of the steps after the first two, without either,
-of the half of them in which other processes had least of the machine.
+of the half of them in which other processes had least of the machine; they want a machine with nothing else to do.
 
     LAYOUT_bytes, LAYOUT_seconds                predicted over measured
     LAYOUT_mib, LAYOUT_step_ms                  measured
+    LAYOUT_planned_mib, LAYOUT_planned_ms       predicted; LAYOUT_planned_PART_ms: of the step's parts
     LAYOUT_others                               share of the machine that others had meanwhile
     LAYOUT_allocator_mib                        measured by the allocator (one rank only)
+    within                                      whether all bytes are within 10 % and all seconds within 25 %
 
-    python -m bench.plan [--layouts NAME ...] [--steps N] [--json FILE|-]
+    python -m bench.plan [--only bytes] [--layouts NAME ...] [--steps N] [--json FILE|-]
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import os
 import statistics
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,12 +43,16 @@ from parallel.mesh import build_mesh
 from recipe import Recipe, load
 from report.flops import faster_gemm
 from report.plan.calibrate import measure_cpu, together
-from report.plan.hardware import GPUS, Machine
+from report.plan.hardware import Machine
 from report.plan.plan import Planner
 from run.environment import keep_memory
 from run.local import DTYPES, Local, build_local, initial_weights
 
 CPU = torch.device("cpu")
+UNMEASURED = Machine(  # enough for bytes
+    name="cpu", device="cpu", peaks={"bf16": 1.0}, memory=1e12, bandwidth=1.0, intra=1.0, cores=1,
+    rates={"update": [(1.0, 1.0)]},
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -58,19 +64,17 @@ class Case:
     overrides: tuple[str, ...] = ()
 
 
-TP, PP = "parallel.tp=2", "parallel.pp=2"
+BYTES_WITHIN, SECONDS_WITHIN = 0.10, 0.25
+TP, PP, BATCH, MICRO = "parallel.tp=2", "parallel.pp=2", "train.global_batch=8", "train.micro_batch=2"
 LAYOUTS = {
-    "alone": Case("bf16_10m", 1),
-    "alone_nvfp4_recompute": Case("nvfp4_10m", 1, ("model.recompute=full",)),
-    "alone_mxfp8_selective": Case("mxfp8_10m", 1, ("model.recompute=selective",)),
-    "dp2_zero1": Case("mxfp8_10m", 2, ("zero.stage=1", "train.micro_batch=4")),
-    "dp2_zero2": Case("bf16_10m", 2, ("zero.stage=2", "train.micro_batch=4")),
-    "tp2_sp": Case("nvfp4_10m", 2, (TP, "parallel.sp=true", "train.micro_batch=4")),
-    "pp2": Case("bf16_10m", 2, (PP, "train.micro_batch=2")),
-    "tp2_pp2_lean": Case(
-        "nvfp4_lean_10m", 4, (TP, PP, "model.hidden_size=512", "model.ffn_size=1024", "train.micro_batch=2")
-    ),
+    "recompute": Case("nvfp4_10m", 1, (BATCH, "train.micro_batch=4", "model.recompute=full")),
+    "dp2_zero1": Case("mxfp8_10m", 2, (BATCH, MICRO, "zero.stage=1")),
+    "dp2_zero2": Case("bf16_10m", 2, (BATCH, MICRO, "zero.stage=2")),
+    "tp2_sp": Case("nvfp4_10m", 2, (BATCH, "train.micro_batch=4", TP, "parallel.sp=true")),
+    "pp2": Case("bf16_10m", 2, (BATCH, MICRO, PP)),
+    "tp2_pp2_lean": Case("nvfp4_lean_10m", 4, (BATCH, MICRO, TP, PP, "model.hidden_size=512", "model.ffn_size=1024")),
 }
+COLUMNS = ("planned_mib", "mib", "bytes", "planned_ms", "step_ms", "seconds", "others")
 
 
 class Storages(TorchDispatchMode):
@@ -167,7 +171,7 @@ class Rehearsal:
         return time.perf_counter() - start
 
 
-def measure(rank: int, options: argparse.Namespace) -> Figures:
+def measure(rank: int, options: argparse.Namespace) -> dict[str, Any]:
     """One layout on the ranks of the default group: a run's bytes, then the machine and the run's seconds in turns."""
     keep_memory()
     case: Case = options.case
@@ -178,49 +182,53 @@ def measure(rank: int, options: argparse.Namespace) -> Figures:
         run.step(0)
         tracker.peak = tracker.live
         run.step(1)
+    everyone: list[Any] = [None] * case.ranks
+    dist.all_gather_object(everyone, tracker.peak)
+    found: dict[str, Any] = {"peak": max(everyone)}
+    if case.ranks == 1:
+        found["allocated"] = _allocated(recipe, options.gemm_dtype)
+    return found if options.only == "bytes" else found | _timed(run, options)
+
+
+def _timed(run: Rehearsal, options: argparse.Namespace) -> dict[str, Any]:
+    """The machine and the seconds of a step, measured in turns, so that a slow moment meets both."""
     rounds: list[Round] = []
-    for step in range(options.steps):  # in turns, so that a slow moment meets both
+    for step in range(options.steps):
         began = Usage.now()
-        machine = measure_cpu([options.units], recipe.optimizer)
+        machine = measure_cpu([options.units], run.recipe.optimizer)
         seconds = run.step(2 + step)
         rounds.append(Round(Usage.now().others(began), machine, seconds))
     calm = sorted(rounds, key=lambda each: each.others)[: max(options.steps // 2, 1)]
-    everyone: list[Any] = [None] * case.ranks
-    dist.all_gather_object(everyone, tracker.peak)
-    found: dict[str, Any] = {
+    return {
         "machine": together([each.machine for each in calm]),
-        "peak": max(everyone),
         "took": statistics.median(each.seconds for each in calm),
         "others": max(each.others for each in calm),
     }
-    if case.ranks == 1:
-        found["allocated"] = _allocated(recipe, options.gemm_dtype)
-    return found
 
 
 def compare(case: Case, options: argparse.Namespace) -> Figures:
     """What was planned over what was measured."""
     recipe = load(case.recipe, (*case.overrides, "train.compile=false"), case.ranks)
     gemm_dtype = faster_gemm(DTYPES[recipe.model.dtype], CPU)
-    planner = Planner(recipe, GPUS["h100"], case.ranks, gemm_dtype)  # the machine is not known yet
+    planner = Planner(recipe, UNMEASURED, case.ranks, gemm_dtype)
     options.case, options.recipe_of_case, options.gemm_dtype = case, recipe, gemm_dtype
     options.units = planner.units(recipe, ())
     found: dict[str, Any] = on_ranks(measure, case.ranks, 1, options)
-    planner.machine = found["machine"]
-    plan = planner.plan(recipe, case.ranks)
+    planner.machine = found.get("machine", UNMEASURED)
+    plan = planner.in_bytes(recipe, case.ranks)
     figures: Figures = {
         "bytes": plan.fullest.peak / found["peak"],
-        "seconds": plan.step.seconds / found["took"],
         "mib": found["peak"] / 2**20,
-        "step_ms": 1e3 * found["took"],
-        "others": found["others"],
         "planned_mib": plan.fullest.peak / 2**20,
-        "planned_ms": 1e3 * plan.step.seconds,
     }
-    figures |= {f"planned_{name.replace(' ', '_')}_ms": 1e3 * s for name, s in plan.step.parts.items()}
     if "allocated" in found:
         figures["allocator_mib"] = found["allocated"] / 2**20
-    return figures
+    if options.only == "bytes":
+        return figures
+    step = planner.timed(plan).step
+    figures |= {"seconds": step.seconds / found["took"], "step_ms": 1e3 * found["took"], "others": found["others"]}
+    figures["planned_ms"] = 1e3 * step.seconds
+    return figures | {f"planned_{name.replace(' ', '_')}_ms": 1e3 * s for name, s in step.parts.items()}
 
 
 def _allocated(recipe: Recipe, gemm_dtype: torch.dtype) -> int:
@@ -240,17 +248,39 @@ def _allocated(recipe: Recipe, gemm_dtype: torch.dtype) -> int:
     return peak
 
 
+def line(name: str, cells: Iterable[str]) -> None:
+    """One line of the table, at once: a layout takes a while."""
+    print(f"{name:<16}" + "".join(f"{cell:>13}" for cell in cells), flush=True)
+
+
+def within(found: Mapping[str, Figures]) -> bool:
+    """Whether every plan is as near to its run as is claimed."""
+    limits = {"bytes": BYTES_WITHIN, "seconds": SECONDS_WITHIN}
+    shares = [
+        (float(figures[key]), limit) for figures in found.values() for key, limit in limits.items() if key in figures
+    ]
+    return all(abs(share - 1) <= limit for share, limit in shares)
+
+
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="NAME")
-    made.add_argument("--steps", type=int, default=10)
+    made.add_argument("--steps", type=int, default=5, help="in turns with measuring the machine (%(default)s)")
+    made.add_argument("--only", choices=["bytes"], help="what a busy machine does not change")
     options = made.parse_args()
+    if options.steps < 1:
+        made.error(f"--steps is {options.steps}; it must be at least 1")
     train.read_launch()  # sets what DeepSpeed insists on
-    figures: Figures = {}
+    alone = options.json == "-"
+    if not alone:
+        line("layout", COLUMNS)
+    found: dict[str, Figures] = {}
     for name in options.layouts:
-        for key, value in compare(LAYOUTS[name], options).items():
-            figures[f"{name}_{key}"] = value
-    report(figures, options.json)
+        found[name] = compare(LAYOUTS[name], options)
+        if not alone:
+            line(name, (f"{found[name][column]:,.3f}" if column in found[name] else "" for column in COLUMNS))
+    figures: Figures = {f"{name}_{key}": value for name, each in found.items() for key, value in each.items()}
+    report(figures | {"within": int(within(found))}, options.json)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ ALLOWED = {
         *("run", "train"),
     },
     "train": {"errors", "recipe", "data", "model", "lowprec", "parallel", "report", "report.plan", "run"},
-    "slurm": {"errors", "strict_yaml", "recipe", "parallel", "report", "run"},
+    "slurm": {"errors", "strict_yaml", "recipe", "parallel", "report", "report.plan", "run"},
 }
 ONLY_IN = {
     "transformer_engine": {"lowprec/te.py", "lowprec/te_layers.py"},

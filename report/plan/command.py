@@ -49,6 +49,8 @@ class Options:
 def run(recipe: Recipe, options: Options) -> None:
     """Plan, print, write. Raises UserError; where the layout is refused or does not fit, after that."""
     world, per_node = _size(recipe, options)
+    if options.json not in (None, "-") and not (folder := Path(options.json).parent).is_dir():
+        raise UsageError(f"--json {options.json}: there is no directory {folder}; name another file, or -")
     report = make_report(_planner(recipe, options.gpu, world, per_node), recipe, world, SUGGESTIONS)
     _write(report, options.json)
     if (problem := verdict(report)) is not None:

@@ -1,7 +1,7 @@
 """What torch.compile would make of a traced part: a model of its fusion, from the trace of the eager code.
 
     level   how many GEMMs, attentions, quantizers or collectives an operation has to wait for, one after the other
-    kernel  all pointwise operations, reductions and copies of one level
+    kernel  all pointwise operations, reductions, look-ups and copies of one level
 
 Inside a kernel nothing is read or written; a kernel reads what comes from elsewhere once, and writes what other
 kernels, GEMMs or the backward read. What a backward would read of a kernel's results is computed again where the
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from report.plan.trace import Op, Phase
 from report.plan.units import Unit
 
-FUSED = frozenset({"pointwise", "transcendental", "reduction", "copy"})
+FUSED = frozenset({"pointwise", "transcendental", "reduction", "copy", "gather"})
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def _notes(planner: Planner, recipe: Recipe, plan: Plan | None) -> list[str]:
         found.append("gradients.two_level is not looked at: its exchange in two levels is planned as one in one")
     if plan is None:
         return found
-    found += _how_quantized(plan)
+    found += how_quantized(plan)
     found += [f"MFU against the {name}: {each.refused}" for name, each in plan.utilizations().items() if each.refused]
     if plan.compiled:
         found.append("train.compile: fusion is modelled, not run; bytes and seconds of compiled blocks are estimates")
@@ -105,7 +105,7 @@ def _notes(planner: Planner, recipe: Recipe, plan: Plan | None) -> list[str]:
     return found
 
 
-def _how_quantized(plan: Plan) -> list[str]:
+def how_quantized(plan: Plan) -> list[str]:
     """In which kernels quantized GEMMs were taken to run."""
     if not any(share.a or share.b for share in plan.shares):
         return []
@@ -115,19 +115,26 @@ def _how_quantized(plan: Plan) -> list[str]:
     return [f"quantized GEMMs are planned as the emulation, decoded and in wider products: {'; '.join(why)}"]
 
 
+def misfit(plan: Plan) -> str | None:
+    """What is missing where a layout does not fit; None if it does."""
+    if plan.fits:
+        return None
+    rank, gib = plan.fullest, 2**30
+    return (
+        f"does not fit: {plan.layout.describe()} needs {rank.peak / gib:,.2f} GiB on pipeline rank {rank.pp_rank} "
+        f"({rank.moment}), and tensors may take {plan.limit / gib:,.2f} GiB of a device"
+    )
+
+
 def verdict(report: Report) -> str | None:
     """What is wrong with the recipe's own layout, and what would not be; None if it fits."""
-    plan, where = report.plan, f"{report.recipe.name} on {report.world} x {report.machine.name}"
-    if plan is not None and plan.fits:
-        return None
-    if plan is None:
+    where = f"{report.recipe.name} on {report.world} x {report.machine.name}"
+    if report.plan is None:
         lines = [f"{where} is refused:", *report.problems]
+    elif (why := misfit(report.plan)) is not None:
+        lines = [f"{where} {why}"]
     else:
-        rank, gib = plan.fullest, 2**30
-        lines = [
-            f"{where} does not fit: {plan.layout.describe()} needs {rank.peak / gib:,.2f} GiB on pipeline rank "
-            f"{rank.pp_rank} ({rank.moment}), and tensors may take {plan.limit / gib:,.2f} GiB of a device"
-        ]
+        return None
     if report.found is not None:
         lines.append(_way_out(report.found))
     return "\n".join(lines)

@@ -62,7 +62,7 @@ def search(planner: Planner, recipe: Recipe, world: int, count: int = 5) -> Foun
 def _rank(plan: Plan) -> tuple[float, int, int, int]:
     """Faster first; of equally fast ones the simpler."""
     layout = plan.layout
-    return round(plan.step.seconds, 4), layout.tp * layout.pp, layout.recipe.zero.stage, plan.fullest.peak
+    return plan.step.seconds, layout.tp * layout.pp, layout.recipe.zero.stage, plan.fullest.peak
 
 
 def _degrees(limit: int, world: int) -> Iterator[int]:
