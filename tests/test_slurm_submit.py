@@ -69,6 +69,7 @@ def test_a_dry_run_shows_the_run_and_writes_nothing(tmp_path, capsys):
         (["--nodes=1", "--container-mounts=/a:/a"], "needs --container-image"),
         (["--nodes=1", "precision.policy=nvfp5"], "nvfp5"),
         (["--nodes=1", "--gpu=h10"], "did you mean h100?"),
+        (["--nodes=1", "--gpu=cpu"], "--gpu cpu is no GPU"),
         (["--nodes=1", "--gpu=h100", "device=cpu"], "device is cpu"),
         (["--nodes=1", "--gpu=SMALL"], "does not fit: tp 1 pp 1 dp 1"),
     ],

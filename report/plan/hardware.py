@@ -170,9 +170,12 @@ def find_machine(name: str) -> Machine:
         return _from_file(Path(name))
     if name in GPUS:
         return GPUS[name]
-    close = difflib.get_close_matches(name, [*GPUS, "cpu"], n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, GPUS, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}? " if close else ""
-    raise UsageError(f"--gpu {name} is unknown; {hint}use cpu, {', '.join(GPUS)}, or a YAML file")
+    raise UsageError(
+        f"--gpu {name} is no GPU that is known here; {hint}use {', '.join(GPUS)}, or a YAML file (train.py --plan also "
+        "takes cpu, which it measures)"
+    )
 
 
 def _from_file(path: Path) -> Machine:

@@ -94,8 +94,7 @@ def _notes(planner: Planner, recipe: Recipe, plan: Plan | None) -> list[str]:
         found.append("gradients.two_level is not looked at: its exchange in two levels is planned as one in one")
     if plan is None:
         return found
-    found += how_quantized(plan)
-    found += [f"MFU against the {name}: {each.refused}" for name, each in plan.utilizations().items() if each.refused]
+    found += [*how_quantized(plan), *refused_utilizations(plan)]
     if plan.compiled:
         found.append("train.compile: fusion is modelled, not run; bytes and seconds of compiled blocks are estimates")
     if recipe.zero.stage == 3:
@@ -103,6 +102,11 @@ def _notes(planner: Planner, recipe: Recipe, plan: Plan | None) -> list[str]:
     if planner.machine.cores and plan.layout.world > planner.machine.cores:
         found.append(f"{plan.layout.world} ranks share {planner.machine.cores} cores")
     return found
+
+
+def refused_utilizations(plan: Plan) -> list[str]:
+    """Why an MFU would be above 100 %, and is not reported."""
+    return [f"no MFU against the {name}: {each.refused}" for name, each in plan.utilizations().items() if each.refused]
 
 
 def how_quantized(plan: Plan) -> list[str]:
