@@ -23,6 +23,7 @@ import argparse
 import os
 import statistics
 import time
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -174,6 +175,7 @@ class Rehearsal:
 def measure(rank: int, options: argparse.Namespace) -> dict[str, Any]:
     """One layout on the ranks of the default group: a run's bytes, then the machine and the run's seconds in turns."""
     keep_memory()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # as train.py
     case: Case = options.case
     recipe: Recipe = options.recipe_of_case
     tracker = Storages()
@@ -240,7 +242,7 @@ def _allocated(recipe: Recipe, gemm_dtype: torch.dtype) -> int:
         run.step(1)
     live = peak = 0
     assert profiler.profiler is not None and profiler.profiler.kineto_results is not None
-    records = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    records: list[Any] = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     for record in sorted(records, key=lambda e: e.start_ns()):
         live += record.nbytes()
         if record.start_ns() >= begin:

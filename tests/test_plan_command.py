@@ -132,6 +132,7 @@ def test_wrong_options_are_one_message(tmp_path):
         ("{base: x100}", "with `base`"),
         ("{base: h100, tflops: 3}", "unknown key tflops"),
         ("{base: h100, attained_gemm: 1.5}", "a share above 0"),
+        ("{base: gb200, domain: 7.5}", "a whole number of devices"),
         ("{base: h100, peaks: {fp4: 1e15}}", "it maps bf16, fp32, fp8"),
     ):
         path = tmp_path / "gpu.yaml"

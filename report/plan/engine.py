@@ -20,7 +20,7 @@ ACCUMULATORS = {"fp32": 4, "bf16": 2, "fp8": 1}
 class Costs:
     """Temporary bytes of the optimizer's code for each element of the fragment at hand.
 
-    norm:   of the gradient's norm: a copy in FP64 where the sum is not one kernel
+    norm:   of the gradient's norm: a copy in FP64
     update: of the update, where no kernel fuses it
     """
 

@@ -197,5 +197,7 @@ def _from_file(path: Path) -> Machine:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= (1 if share else 1e30):
             wanted = "a share above 0, at most 1" if share else "a positive number"
             raise UsageError(f"--gpu {path}: {key} is {value!r}; it must be {wanted}")
+        if key == "domain" and not isinstance(value, int):
+            raise UsageError(f"--gpu {path}: domain is {value!r}; it must be a whole number of devices")
     sources = dict(base.sources) | dict.fromkeys(own, str(path))
     return replace(base, name=path.stem, **(own | {"peaks": dict(base.peaks) | peaks}), sources=sources)

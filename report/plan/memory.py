@@ -33,7 +33,7 @@ class Setting:
 
     native:     quantized linears run in native kernels where the machine has them
     gemm_width: bytes of an operand that BF16 holds exactly, as the emulation multiplies it
-    on_gpu:     reductions overlap, and no fused update on a CPU
+    on_gpu:     reductions run beside the backward
     costs:      temporaries of the optimizer's step
     """
 

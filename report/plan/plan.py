@@ -125,7 +125,8 @@ class Planner:
         """The traces of a recipe's own layout. Raises UsageError where its policy does not fit the model."""
         view, wanted = view_of(recipe, self.gemm_dtype), recipe.model.recompute
         if (view, wanted) not in self._traced:
-            missing = [r for r in dict.fromkeys((wanted, *recomputes)) if (view, r) not in self._traced]
+            every: dict[Recompute, None] = dict.fromkeys((wanted, *recomputes))
+            missing = [each for each in every if (view, each) not in self._traced]
             for recompute, units in trace_units(recipe, view, missing).items():
                 self._traced[view, recompute] = units
         return self._traced[view, wanted]
