@@ -113,7 +113,7 @@ def test_a_bf16_parameter_takes_18_bytes():
     ("name", "world", "overrides"),
     [
         ("bf16_125m", 6, ("train.global_batch=48", "model.bias=true", "train.micro_batch=8")),
-        ("nvfp4_12b_tiny", 8, ()),
+        pytest.param("nvfp4_12b_tiny", 8, (), marks=pytest.mark.slow),
         ("fp8lm_7b_tiny", 4, ("zero.stage=0", "zero.gather=exact", "gradients.payload=fp32")),
     ],
 )
