@@ -29,6 +29,11 @@ def share(value: float | None) -> str:
     return "refused" if value is None else f"{100 * value:.1f} %"
 
 
+def days(plan: Plan) -> str:
+    """Of the token budget; small ones with two digits."""
+    return f"{plan.days:,.1f}" if plan.days >= 1 else f"{plan.days:.2g}"
+
+
 def show(report: Report, console: Console) -> None:
     """Print everything: the layout's figures, sizes that fail, layouts that fit, and what was assumed."""
     recipe, machine = report.recipe, report.machine
@@ -63,7 +68,7 @@ def _layout(plan: Plan, tokens: int, console: Console) -> None:
     verdict = "fits" if plan.fits else "does not fit"
     console.print(
         f"{plan.layout.describe()}: {verdict}, {gib(plan.fullest.peak)} of {gib(plan.limit)} GiB on the fullest rank; "
-        f"{plan.tokens_per_second:,.0f} tokens/s, {plan.days:,.1f} days for {tokens / 1e9:,.1f} G tokens",
+        f"{plan.tokens_per_second:,.0f} tokens/s, {days(plan)} days for {tokens / 1e9:,.3g} G tokens",
         markup=False,
     )
 
@@ -163,7 +168,7 @@ def _suggestion(plan: Plan) -> Sequence[str]:
         gib(plan.fullest.peak),
         f"{plan.tokens_per_second:,.0f}",
         f"{1e3 * plan.step.seconds:,.0f}",
-        f"{plan.days:,.1f}",
+        days(plan),
         share(bf16),
     )
 
