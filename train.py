@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 2 train.py --recipe quickstart  data-parallel
     python train.py --recipe quickstart train.steps=50 run.dir=runs/try
     python train.py --recipe fp8lm_175b --dry-run             what one rank of its cluster would hold; no GPU, no data
+    python train.py --recipe nvfp4_12b --plan --gpu b200      bytes, traffic, time, layouts that fit; no GPU, no data
 
 Exit codes: 0 done, 2 usage, 3 data, 4 checkpoint, 5 does not get on, 75 preempted and saved (start the same command
 again), 124 hung, 130 interrupted. Under torchrun, which would take 75 for a failure and restart, a preempted worker
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import recipe as recipes
 from report.metrics import StepRecord
+from report.plan import command as plans
 from run import exits
 from run.build import build
 from run.dry_run import dry_run
@@ -82,6 +84,9 @@ def main(argv: list[str]) -> int:
             return print_recipes()
         if options.dry_run:
             print(dry_run(recipes.resolve(options.recipe, tuple(overrides)), options.world_size, options.rank))
+            return 0
+        if options.plan:
+            plans.run(recipes.resolve(options.recipe, tuple(overrides)), plans.Options.of(options))
             return 0
         recipe = recipes.load(options.recipe, tuple(overrides), launch.world_size)
         run_dir = Path(recipe.run.dir)
@@ -152,11 +157,21 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--dry-run", action="store_true", help="show what a rank would hold, and every violation")
     parser.add_argument("--world-size", type=int, metavar="N", help="of a dry run; by default parallel.ranks")
     parser.add_argument("--rank", type=int, metavar="R", help="of a dry run; by default 0")
-    own = {"--recipe", "--resume", "--rank"}
+    parser.add_argument("--plan", action="store_true", help="bytes, FLOPs, traffic and time, and layouts that fit")
+    plan = parser.add_argument_group("of a plan")
+    plan.add_argument("--gpu", help="b200, h200, h100, a100, ..., cpu (measured), or a YAML file (b200)")
+    plan.add_argument("--nodes", type=int, metavar="N", help="by default as many as parallel.ranks needs")
+    plan.add_argument("--gpus-per-node", type=int, metavar="N", help="8; of a CPU: parallel.ranks")
+    plan.add_argument("--json", metavar="FILE|-", help="also write the plan as JSON; -: print nothing else")
+    own = {"--recipe", "--resume", "--rank", "--gpu", "--nodes", "--json"}
     overrides = [word for word in argv if re.match(r"(--)?[a-z_]\w*(\.\w+)*=", word) and word.split("=")[0] not in own]
     options = parser.parse_args([word for word in argv if word not in overrides])
     if not options.dry_run and (options.world_size, options.rank) != (None, None):
         parser.error("--world-size and --rank are for --dry-run; torchrun says them to a run")
+    if not options.plan and (options.gpu, options.nodes, options.gpus_per_node, options.json) != (None,) * 4:
+        parser.error("--gpu, --nodes, --gpus-per-node and --json are for --plan")
+    if options.plan and (options.list or options.dry_run or options.resume != "auto" or options.allow_precision_change):
+        parser.error("--plan trains nothing; drop --list, --dry-run, --resume and --allow-precision-change")
     if options.dry_run and (options.list or options.resume != "auto" or options.allow_precision_change):
         parser.error("--dry-run resumes nothing and lists nothing; drop --list, --resume and --allow-precision-change")
     return options, overrides

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -68,6 +69,16 @@ class Place:
         return self.outputs if kind == "dy" else (self.inputs,)
 
 
+class Quantizers(Protocol):
+    """The functions of lowprec/dispatch.py that a linear calls."""
+
+    path: Callable[..., str]
+    operand: Callable[..., Operand]
+    quantize: Callable[..., QuantizedTensor]
+    amax: Callable[..., Tensor]
+    decode: Callable[..., Operand]
+
+
 @dataclass
 class Shared:
     """What all low-precision linears of a model share: one object, changed between micro-batches by its owner.
@@ -78,6 +89,7 @@ class Shared:
     pack_saved:    save the wgrad copy of the input packed; else decoded
     keep_weights:  keep the weight's quantized copies for the whole step (False: made anew at each use, for ZeRO 3)
     deferred:      None, or the queue of weight gradients of a split backward
+    quantizers:    what quantizes: lowprec/dispatch.py, or what answers in its place (report/plan, without numbers)
     counts:        GEMMs run, by (gemm, element of a and what quantized it, the same of b, dtype of the product)
     """
 
@@ -87,6 +99,7 @@ class Shared:
     pack_saved: bool = True
     keep_weights: bool = True
     deferred: list[tuple[nn.Parameter, Callable[[], Tensor]]] | None = None
+    quantizers: Quantizers = dispatch
     counts: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
 
 
@@ -140,7 +153,7 @@ class LowPrecisionLinear(nn.Module):
         """Q(w) for fprop.b or dgrad.b; the two are one where blocks are square or the whole tensor."""
         if slot in self._copies:
             return self._copies[slot]
-        if slot == "dgrad.b" and "fprop.b" in self._copies and _same_both_ways(self.specs):
+        if slot == "dgrad.b" and "fprop.b" in self._copies and same_both_ways(self.specs):
             return self._copies["fprop.b"]
         return self.operand(slot, self.weight.detach(), self.shared.position)
 
@@ -151,7 +164,7 @@ class LowPrecisionLinear(nn.Module):
             return Operand(matrix, None, None)
         amax, scale = self._amax(slot, matrix, position), self._encode_scale(kind, spec)
         pieces = [
-            dispatch.operand(piece, spec, axis, key, scale, self.decoded(spec), amax)
+            self.shared.quantizers.operand(piece, spec, axis, key, scale, self.decoded(spec), amax)
             for piece, key in self._pieces(slot, matrix, position)
         ]
         found = pieces[0]
@@ -167,7 +180,7 @@ class LowPrecisionLinear(nn.Module):
         assert spec is not None
         ((piece, key),) = self._pieces(slot, matrix, position)  # x, whose columns are one run
         amax = self._amax(slot, matrix, position)
-        packed = dispatch.quantize(piece, spec, axis, key, self._encode_scale(kind, spec), amax)
+        packed = self.shared.quantizers.quantize(piece, spec, axis, key, self._encode_scale(kind, spec), amax)
         self._record(kind, spec, packed.amax)
         return packed
 
@@ -177,7 +190,7 @@ class LowPrecisionLinear(nn.Module):
         if place is None or kind not in place.split or spec is None or not spec.takes_amax or spec.amax_history:
             return None
         key = position.key(self.name, slot, tokens=kind != "w")
-        amax = dispatch.amax(matrix, spec, axis, key)
+        amax = self.shared.quantizers.amax(matrix, spec, axis, key)
         dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=place.group)
         return amax
 
@@ -250,12 +263,13 @@ class LowPrecisionLinear(nn.Module):
         words, place = [], (self.weight.dtype, self.weight.device.type)
         for side in ("a", "b"):
             spec, axis = self.specs[f"{gemm}.{side}"], SLOT_AXES[f"{gemm}.{side}"][1]
-            words.append("high" if spec is None else f"{spec.element} ({dispatch.path(spec, axis, *place)})")
+            path = "" if spec is None else self.shared.quantizers.path(spec, axis, *place)
+            words.append("high" if spec is None else f"{spec.element} ({path})")
         self.shared.counts[gemm, words[0], words[1], product] += 1
         self.ran.add(gemm)
 
 
-def _same_both_ways(specs: dict[str, QuantSpec | None]) -> bool:
+def same_both_ways(specs: Mapping[str, QuantSpec | None]) -> bool:
     """Whether the weight's copies for fprop and dgrad are the same numbers."""
     one, other = specs["fprop.b"], specs["dgrad.b"]
     if one is None or one != other or one.hadamard or one.rounding == "stochastic":
@@ -331,7 +345,7 @@ class _Linear(torch.autograd.Function):
                 x = Operand(*saved)
                 if packed is not None:
                     whole = replace(packed, codes=saved[0], scales=saved[1], amax=saved[2])
-                    x = dispatch.decode(whole, layer.decoded(packed.spec), layer.weight.dtype)
+                    x = layer.shared.quantizers.decode(whole, layer.decoded(packed.spec), layer.weight.dtype)
                 return layer.multiply("wgrad", layer.operand("wgrad.a", dy, position), x)
 
             if ctx.deferred is None:

@@ -122,7 +122,8 @@ class LowPrecisionZero(_Base):
         if not self.use_grad_accum_attribute:
             return param.grad
         store = self._accumulators.get(self.get_param_id(param))
-        return None if store is None or store.empty else store.read().view(param.shape)
+        # Not a view, which would keep the accumulator alive when the base class lets it point into the bucket.
+        return None if store is None or store.empty else store.read().view(param.shape).data
 
     def get_param_gradient_attribute(self, param: Any) -> Tensor | None:
         return self.get_gradient_for_reduction(param)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,8 @@ def simulate(config: ParallelConfig, micro_batches: int, times: Sequence[Times],
     transfer: seconds that a tensor travels between two ranks. The order of every rank's work is that of torch's
     schedules; a rank works on one thing at a time and starts the next as soon as its input is there.
     """
-    orders = _orders(config.schedule, config.pp, config.stages, micro_batches)
+    orders = work_orders(config.schedule, config.pp, config.stages, micro_batches)
+    homes = [rank_of(stage, config) for stage in range(config.stages)]
     done: dict[Work, float] = {}
     clocks, at = dict.fromkeys(orders, 0.0), dict.fromkeys(orders, 0)
     while any(at[rank] < len(orders[rank]) for rank in orders):
@@ -39,7 +40,7 @@ def simulate(config: ParallelConfig, micro_batches: int, times: Sequence[Times],
         for rank, order in orders.items():
             while at[rank] < len(order):
                 kind, stage, batch = order[at[rank]]
-                start = _ready(kind, stage, batch, config, done, rank, transfer)
+                start = _ready(kind, stage, batch, homes, done, transfer)
                 if start is None:
                     break
                 clocks[rank] = max(clocks[rank], start) + _duration(kind, times[stage])
@@ -62,9 +63,9 @@ def _duration(kind: str, times: Times) -> float:
 
 
 def _ready(
-    kind: str, stage: int, batch: int, config: ParallelConfig, done: dict, rank: int, transfer: float
+    kind: str, stage: int, batch: int, homes: Sequence[int], done: Mapping[Work, float], transfer: float
 ) -> float | None:
-    """When the input of a piece of work is there; None: not yet known."""
+    """When the input of a piece of work is there; None: not yet known. homes: the rank of each stage."""
     if kind == "W":
         return done.get(("I", stage, batch))
     if kind == "F":
@@ -74,17 +75,17 @@ def _ready(
     else:
         neighbour = stage + 1
         sources = [("B", neighbour, batch), ("I", neighbour, batch)]
-        if stage == config.stages - 1:
+        if stage == len(homes) - 1:
             sources, neighbour = [("F", stage, batch)], stage
     found = next((done[source] for source in sources if source in done), None)
     if found is None:
         return None
-    return found + (transfer if rank_of(neighbour, config) != rank else 0.0)
+    return found + (transfer if homes[neighbour] != homes[stage] else 0.0)
 
 
 @functools.cache
-def _orders(schedule: Schedule, pp: int, stages: int, micro_batches: int) -> dict[int, list[Work]]:
-    """Each rank's work in order."""
+def work_orders(schedule: Schedule, pp: int, stages: int, micro_batches: int) -> dict[int, list[Work]]:
+    """Each pipeline rank's work in the order of torch's schedules."""
     if schedule in SINGLE:
         return {rank: _single_order(schedule, rank, pp, micro_batches) for rank in range(pp)}
     config = ParallelConfig(pp=pp, schedule=schedule, stages_per_rank=stages // pp)

@@ -50,7 +50,7 @@ def dry_run(recipe: Recipe, world_size: int | None = None, rank: int | None = No
             undivided = replace(recipe, parallel=ParallelConfig())
             _attempt(problems, lambda: give_precision(undivided, Mesh(), _place(undivided, Mesh()), _dtype(recipe)))
         refuse(recipe, problems)
-    with _fake_group(rank, world_size):
+    with fake_group(rank, world_size):
         mesh = build_mesh(recipe.parallel)
         placed = _place(recipe, mesh)
         precision = _attempt(problems, lambda: give_precision(recipe, mesh, placed, _dtype(recipe)))
@@ -90,7 +90,7 @@ def _attempt(problems: list[str], step: Callable[[], T]) -> T | None:
 
 
 @contextmanager
-def _fake_group(rank: int, world_size: int) -> Iterator[None]:
+def fake_group(rank: int, world_size: int) -> Iterator[None]:
     """A default process group of which this process is `rank`; its collectives return at once."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:

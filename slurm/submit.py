@@ -1,11 +1,12 @@
 """Submit a run to Slurm: `python -m slurm.submit --recipe R --nodes N [options of sbatch] [section.key=value]`.
 
-    python -m slurm.submit --recipe nvfp4_12b --nodes 46 --partition=gpu --time=24:00:00 run.dir=/scratch/r1
+    python -m slurm.submit --recipe nvfp4_12b --nodes 46 --gpu b200 --partition=gpu --time=24:00:00 run.dir=/scratch/r1
     python -m slurm.submit --recipe bf16_125m --nodes 1 --seeds 0,1,2 --time=8:00:00     a job array
     python -m slurm.submit --recipe nvfp4_12b --nodes 46 --min-nodes 23 --chain 5        fewer nodes will do; 5 jobs
 
 First the recipe is resolved and one rank of it is built without memory, as by `train.py --dry-run`: what does not
-divide is refused here, not after hours in the queue. Then the code and resolved.yaml are copied into the run directory
+divide is refused here, not after hours in the queue; and with --gpu, what does not fit into its memory, as by
+`train.py --plan`. Then the code and resolved.yaml are copied into the run directory
 and train.sbatch is submitted with it. The job's working directory is this one, so relative paths mean the same.
 """
 
@@ -22,6 +23,9 @@ from pathlib import Path
 import recipe as recipes
 from errors import UsageError, UserError
 from recipe import Recipe
+from report.plan.hardware import Machine, find_machine
+from report.plan.plan import Planner
+from report.plan.report import misfit
 from run import exits
 from run.dry_run import dry_run
 from run.records import write_resolved
@@ -71,6 +75,35 @@ def refuse_what_does_not_fit(plan: Plan) -> str:
         except UsageError as error:
             raise UsageError(f"on {nodes} nodes, which --min-nodes allows: {error}") from None
     return report
+
+
+def machine_of(options: argparse.Namespace, recipe: Recipe) -> Machine | None:
+    """The GPU that --gpu names; None without it. Raises UsageError."""
+    if options.gpu is None:
+        return None
+    if recipe.device == "cpu":
+        raise UsageError(f"--gpu is {options.gpu}, but device is cpu in recipe {recipe.name}; drop one of them")
+    return find_machine(options.gpu)
+
+
+def leave_what_fits(plan: Plan, machine: Machine) -> tuple[Plan, str]:
+    """(the plan with the numbers of nodes on which the layout fits, a line about it).
+
+    Raises UsageError if it does not fit on all of them.
+    """
+    recipe, planner = plan.recipe, Planner(plan.recipe, machine, plan.per_node)
+    planned = {nodes: planner.in_bytes(recipe, nodes * plan.per_node) for nodes in plan.sizes}
+    if (why := misfit(planned[plan.nodes])) is not None:
+        raise UsageError(
+            f"{recipe.name} on {plan.nodes} x {plan.per_node} {machine.name} {why}; `python train.py --recipe ... "
+            f"--plan --gpu {machine.name} --nodes {plan.nodes} --gpus-per-node {plan.per_node}` shows layouts that do"
+        )
+    timed = planner.timed(planned[plan.nodes])
+    line = (
+        f"planned on {timed.layout.world} {machine.name}: {timed.fullest.peak / 2**30:,.1f} of "
+        f"{timed.limit / 2**30:,.1f} GiB on the fullest rank, {timed.tokens_per_second:,.0f} tokens/s (a roofline)"
+    )
+    return replace(plan, sizes=tuple(nodes for nodes, each in planned.items() if each.fits)), line
 
 
 def make_plan(options: argparse.Namespace, overrides: Sequence[str]) -> Plan:
@@ -213,6 +246,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]
     add("--nodes", required=True, type=_positive, metavar="N")
     add("--min-nodes", type=_positive, metavar="N", help="start with fewer, if N are to be had and the layout divides")
     add("--per-node", type=_positive, metavar="P", help=f"processes, one a GPU (default {GPUS}; 1 on CPUs)")
+    add("--gpu", metavar="KIND", help="plan the layout's memory on it first: b200, h100, ..., or a YAML file")
     add("--seeds", metavar="0,1,2", help="a job array, one run each in RUN/seed-N")
     add("--chain", type=_positive, default=1, metavar="N", help="jobs that follow each other until the run is done")
     add("--restarts", type=int, default=3, metavar="N", help="by torchrun after a crash, within a job (%(default)s)")
@@ -262,7 +296,13 @@ def main(argv: Sequence[str]) -> int:
         options, sbatch_options, overrides = parse(argv)
         plan = make_plan(options, overrides)
         check_time(sbatch_options, plan.recipe.run.stop_before_s)
+        machine = machine_of(options, plan.recipe)
         report = refuse_what_does_not_fit(plan)
+        if machine is not None:
+            plan, planned = leave_what_fits(plan, machine)
+            report += f"\n{planned}"
+        elif plan.recipe.device != "cpu":
+            report += "\nwhether it fits into a GPU's memory was not planned: --gpu KIND does"
         if options.dry_run:
             print(report)
             print(f"nodes that it can use: {_choice(plan.sizes)}, with {plan.per_node} processes each")

@@ -20,15 +20,19 @@ ALLOWED = {
     "parallel": {"errors", "lowprec"},
     "report": {"errors"},
     "report.compare": {"errors", "strict_yaml", "recipe"},
+    "report.plan": {"errors", "strict_yaml", "recipe", "model", "lowprec", "parallel", "report", "run"},
     "report.probe": {"errors", "lowprec", "report"},
     "report.bisect": {"errors", "lowprec", "parallel", "run", "train"},
     "report.table": {"errors", "report", "report.compare"},
     "recipe": {"errors", "sections", "strict_yaml", "data", "model", "lowprec", "parallel", "report"},
     "run": {"errors", "recipe", "sections", "data", "model", "lowprec", "parallel", "report"},
     "convert": {"errors", "recipe", "data", "model", "lowprec", "parallel", "report", "run"},
-    "bench": {"errors", "recipe", "data", "model", "lowprec", "parallel", "report", "report.compare", "run", "train"},
-    "train": {"errors", "recipe", "data", "model", "lowprec", "parallel", "report", "run"},
-    "slurm": {"errors", "strict_yaml", "recipe", "parallel", "report", "run"},
+    "bench": {
+        *("errors", "recipe", "data", "model", "lowprec", "parallel", "report", "report.compare", "report.plan"),
+        *("run", "train"),
+    },
+    "train": {"errors", "recipe", "data", "model", "lowprec", "parallel", "report", "report.plan", "run"},
+    "slurm": {"errors", "strict_yaml", "recipe", "parallel", "report", "report.plan", "run"},
 }
 ONLY_IN = {
     "transformer_engine": {"lowprec/te.py", "lowprec/te_layers.py"},

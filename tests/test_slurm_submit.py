@@ -13,6 +13,9 @@ import pytest
 import yaml
 
 from errors import UsageError, UserError
+from recipe import load
+from report.plan.hardware import GPUS
+from report.plan.plan import Planner
 from slurm import jobs, submit
 from slurm.snapshot import take_snapshot
 from tests.launch import ROOT, tiny
@@ -55,12 +58,34 @@ def test_a_dry_run_shows_the_run_and_writes_nothing(tmp_path, capsys):
         (["--nodes=1", "run.dir=100%done"], "['%']"),
         (["--nodes=1", "--container-mounts=/a:/a"], "needs --container-image"),
         (["--nodes=1", "precision.policy=nvfp5"], "nvfp5"),
+        (["--nodes=1", "--gpu=h10"], "did you mean h100?"),
+        (["--nodes=1", "--gpu=cpu"], "--gpu cpu is no GPU"),
+        (["--nodes=1", "--gpu=h100", "device=cpu"], "device is cpu"),
+        (["--nodes=1", "--gpu=SMALL"], "does not fit: tp 1 pp 1 dp 1"),
     ],
 )
 def test_what_would_fail_is_refused_before_the_queue(tmp_path, capsys, words, expected):
+    (tmp_path / "small.yaml").write_text("{base: h100, memory: 1e5}")
+    words = [word.replace("SMALL", str(tmp_path / "small.yaml")) for word in words]
     code, output, errors = call(capsys, "--recipe", str(tiny(tmp_path)), "--per-node=1", *words)
     assert code == 2 and expected in errors and not output, errors
     assert not (tmp_path / "run").exists()
+
+
+def test_with_a_gpu_only_numbers_of_nodes_on_which_the_layout_fits_are_used(tmp_path, capsys):
+    """Masters and states are divided by the ranks: what four hold, one may not."""
+    recipe = tiny(tmp_path)
+    words = ("zero.stage=1", "train.micro_batch=1")
+    planner = Planner(load(str(recipe), words, 4), GPUS["h100"], 1)
+    peaks = [planner.in_bytes(planner.recipe, ranks).fullest.peak for ranks in (4, 2, 1)]
+    assert peaks == sorted(peaks)
+    gpu = tmp_path / "small.yaml"
+    gpu.write_text(f"{{base: h100, usable: 1, memory: {peaks[1]}.5}}")
+    asked = ("--recipe", str(recipe), "--nodes=4", "--min-nodes=1", "--per-node=1", f"--gpu={gpu}", "--dry-run")
+    code, output, errors = call(capsys, *asked, *words)
+    assert code == 0, errors
+    assert "nodes that it can use: 4 or 2, with" in output and "planned on 4 small: 0.0 of 0.0 GiB" in output
+    assert "--nodes=2-4" in output
 
 
 def test_times_of_slurm():

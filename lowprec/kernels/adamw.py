@@ -60,6 +60,10 @@ class Job:
         """None if the kernel can do it; else why not."""
         if self.grad.device.type not in ("cpu", "cuda"):
             return f"tensors on {self.grad.device.type}"
+        return self.unsuited() or (gpu.unavailable_because() if self.grad.is_cuda else _unavailable_because())
+
+    def unsuited(self) -> str | None:
+        """Why no kernel takes a step of this form, on any device; None if one does."""
         if "exp_avg_sq" not in self.codecs:
             return "factored second moments"
         for name, codec in self.codecs.items():
@@ -69,7 +73,7 @@ class Job:
                 return "ties that go up"
         if self.rule == "stochastic" and not self.extent.aligned:
             return "random bits of a fragment that begins within a unit"
-        return gpu.unavailable_because() if self.grad.is_cuda else _unavailable_because()
+        return None
 
     def statistics(self) -> Tensor:
         """Maxima [as the codecs' statistics, one after the other]."""
