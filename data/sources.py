@@ -110,7 +110,11 @@ def _manifest(dataset: IndexedDataset) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(path.read_bytes())
-        sizes = [manifest["outputs"][suffix]["bytes"] for suffix in (".bin", ".idx")]
+        outputs = [manifest["outputs"][suffix] for suffix in (".bin", ".idx")]
+        sizes = [output["bytes"] for output in outputs]
+        texts = [*(output["sha256"] for output in outputs), *(manifest["tokenizer"][key] for key in ("sha256", "file"))]
+        if not (isinstance(manifest["max_token"], int) and all(isinstance(text, str) for text in texts)):
+            raise TypeError("a value of another type than was written")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error!r}); delete it, or prepare the data again") from None
     same = sizes == [dataset.bin_path.stat().st_size, dataset.idx_path.stat().st_size]

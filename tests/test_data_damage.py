@@ -129,3 +129,21 @@ def test_a_run_meets_damage_ends_with_3_or_goes_on_without_it(config, tmp_path):
     done = train(recipe, f"train.seq_len={LENGTH}", "data.corrupt=skip")
     assert done.returncode == 0, done.stderr
     assert "damaged samples left out so far" in done.stdout and "token id 60000 at byte 600" in done.stderr
+
+
+NAMES = ['"max_token', '"outputs', '".bin', '"tokenizer": {', '"sha256": ', '"bytes": ', '"file": "x.tokenizer']
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_manifest_with_a_damaged_name_is_refused(tmp_path, name):
+    """Every field that is read, its first letter flipped; the first of several places."""
+    tiny(tmp_path)
+    text = {"inputs": (tmp_path / "corpus.txt",), "documents": "line"}
+    prepare(PrepareOptions(**text, output=tmp_path / "x", tokenizer="bpe", vocab_size=VOCABULARY, workers=1))
+    manifest = tmp_path / "x.manifest.json"
+    content = manifest.read_text()
+    at = content.index(name) + 1
+    manifest.write_text(f"{content[:at]}{chr(ord(content[at]) ^ 1)}{content[at + 1 :]}")
+    config = DataConfig(train=str(tmp_path / "x"), validation=None, tokenizer=None, cache=str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=r"x\.manifest\.json is damaged"):
+        opened(config)
