@@ -211,7 +211,7 @@ ROUNDED = (
 AT_STAGE_3 = ("optimizer.exp_avg=dynamic4_b128", "optimizer.exp_avg_sq=linear4_rank1")
 
 
-@pytest.mark.parametrize(("stage", "ranks"), [(1, 2), (2, 1), (3, 2)])
+@pytest.mark.parametrize(("stage", "ranks"), [(1, 2), (2, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_coded_states_resume_bit_equally(tmp_path, stage, ranks):
     """Packed codes, scales, random bits, residuals of error feedback and mu."""
     rounded = ROUNDED if stage < 3 else AT_STAGE_3
