@@ -306,7 +306,7 @@ def _substituted_rank(rank: int, stages: tuple[int, ...]) -> list[str]:
         f"{module.__name__}.{name}"
         for module, names in zip(modules, before, strict=True)
         for name, value in names.items()
-        if vars(module).get(name) is not value
+        if vars(module).get(name) is not value and name != "dist"  # which DeepSpeed sets itself
     ]
 
 
