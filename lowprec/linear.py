@@ -89,7 +89,7 @@ class Shared:
     pack_saved:    save the wgrad copy of the input packed; else decoded
     keep_weights:  keep the weight's quantized copies for the whole step (False: made anew at each use, for ZeRO 3)
     deferred:      None, or the queue of weight gradients of a split backward
-    quantizers:    what quantizes: lowprec/dispatch.py, or what answers in its place (report/plan, without numbers)
+    quantizers:    what answers in the place of lowprec/dispatch.py (report/plan, without numbers); None: that itself
     counts:        GEMMs run, by (gemm, element of a and what quantized it, the same of b, dtype of the product)
     """
 
@@ -99,8 +99,13 @@ class Shared:
     pack_saved: bool = True
     keep_weights: bool = True
     deferred: list[tuple[nn.Parameter, Callable[[], Tensor]]] | None = None
-    quantizers: Quantizers = dispatch
+    quantizers: Quantizers | None = None  # not the module itself: a TE recipe, which holds this, must survive a pickle
     counts: Counter[tuple[str, str, str, str]] = field(default_factory=Counter)
+
+    @property
+    def kernels(self) -> Quantizers:
+        """What quantizes."""
+        return dispatch if self.quantizers is None else self.quantizers
 
 
 class LowPrecisionLinear(nn.Module):
@@ -164,7 +169,7 @@ class LowPrecisionLinear(nn.Module):
             return Operand(matrix, None, None)
         amax, scale = self._amax(slot, matrix, position), self._encode_scale(kind, spec)
         pieces = [
-            self.shared.quantizers.operand(piece, spec, axis, key, scale, self.decoded(spec), amax)
+            self.shared.kernels.operand(piece, spec, axis, key, scale, self.decoded(spec), amax)
             for piece, key in self._pieces(slot, matrix, position)
         ]
         found = pieces[0]
@@ -180,7 +185,7 @@ class LowPrecisionLinear(nn.Module):
         assert spec is not None
         ((piece, key),) = self._pieces(slot, matrix, position)  # x, whose columns are one run
         amax = self._amax(slot, matrix, position)
-        packed = self.shared.quantizers.quantize(piece, spec, axis, key, self._encode_scale(kind, spec), amax)
+        packed = self.shared.kernels.quantize(piece, spec, axis, key, self._encode_scale(kind, spec), amax)
         self._record(kind, spec, packed.amax)
         return packed
 
@@ -190,7 +195,7 @@ class LowPrecisionLinear(nn.Module):
         if place is None or kind not in place.split or spec is None or not spec.takes_amax or spec.amax_history:
             return None
         key = position.key(self.name, slot, tokens=kind != "w")
-        amax = self.shared.quantizers.amax(matrix, spec, axis, key)
+        amax = self.shared.kernels.amax(matrix, spec, axis, key)
         dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=place.group)
         return amax
 
@@ -263,7 +268,7 @@ class LowPrecisionLinear(nn.Module):
         words, place = [], (self.weight.dtype, self.weight.device.type)
         for side in ("a", "b"):
             spec, axis = self.specs[f"{gemm}.{side}"], SLOT_AXES[f"{gemm}.{side}"][1]
-            path = "" if spec is None else self.shared.quantizers.path(spec, axis, *place)
+            path = "" if spec is None else self.shared.kernels.path(spec, axis, *place)
             words.append("high" if spec is None else f"{spec.element} ({path})")
         self.shared.counts[gemm, words[0], words[1], product] += 1
         self.ran.add(gemm)
@@ -345,7 +350,7 @@ class _Linear(torch.autograd.Function):
                 x = Operand(*saved)
                 if packed is not None:
                     whole = replace(packed, codes=saved[0], scales=saved[1], amax=saved[2])
-                    x = layer.shared.quantizers.decode(whole, layer.decoded(packed.spec), layer.weight.dtype)
+                    x = layer.shared.kernels.decode(whole, layer.decoded(packed.spec), layer.weight.dtype)
                 return layer.multiply("wgrad", layer.operand("wgrad.a", dy, position), x)
 
             if ctx.deferred is None:
