@@ -123,7 +123,7 @@ def _held(rank: int, overrides: tuple[str, ...]) -> tuple[int, int]:
     [
         ("zero.stage=0",),
         ("zero.stage=2", "model.bias=true"),
-        ("zero.stage=3",),
+        pytest.param(("zero.stage=3",), marks=pytest.mark.slow),
         ("parallel.tp=2", "parallel.pp=2", "parallel.schedule=zbv", "precision.policy=mxfp8", "model.hidden_size=64"),
     ],
 )

@@ -150,6 +150,7 @@ def _skips(rank: int, cases: list[tuple[str, ...]]) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_or_not_accepted_changes_nothing_under_any_layout():
     ranks = run_ranks(_skips, 2, SKIPS)
     for case, *results in zip(SKIPS, *ranks, strict=True):

@@ -262,12 +262,14 @@ def test_checkpoints_pass_between_backends(alone):
     assert len(carried) == 2 * 2 * 3 * 8 and all(carried)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TWO)
 def test_layouts(two, name):
     for rank in two:
         compare(*rank[name])
 
 
+@pytest.mark.slow
 def test_ranks_that_share_a_layer_see_the_same(two):
     for name in TWO:
         one, other = (rank[name][1].outcome for rank in two)

@@ -164,7 +164,9 @@ def test_a_payload_that_no_linear_quantizes_to_is_refused():
         run_ranks(train_cases, 2, [wrong], 1)
 
 
-@pytest.mark.parametrize("policy", [pytest.param("mxfp8", marks=pytest.mark.slow), "nvfp4", "fp8_delayed"])
+@pytest.mark.parametrize(
+    "policy", [*(pytest.param(p, marks=pytest.mark.slow) for p in ("mxfp8", "nvfp4")), "fp8_delayed"]
+)
 def test_pipelines_and_tensor_parallelism_follow_one_process(policy):
     """Pipelines to the bit; tensor parallelism up to the order of additions in BF16."""
     model = (*SMALL, f"precision.policy={policy}", "precision.bf16_last=1", "model.num_layers=4")

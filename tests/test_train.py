@@ -271,9 +271,9 @@ def test_checkpoint_of_another_model_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("policy", "recompute", "close"),
     [
-        pytest.param("bf16", "none", 1e-4, marks=pytest.mark.slow),
+        ("bf16", "none", 1e-4),
         pytest.param("mxfp8", "none", 5e-3, marks=pytest.mark.slow),
-        ("nvfp4", "full", 5e-3),
+        pytest.param("nvfp4", "full", 5e-3, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_run_follows_the_eager_one(tmp_path, policy, recompute, close):
