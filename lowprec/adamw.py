@@ -167,7 +167,7 @@ class Update:
 
     def statistics_length(self, shape: tuple[int, ...]) -> int:
         """Length of what `statistics` returns for a tensor of `shape`; 0: nothing."""
-        return sum(_statistics_length(how, shape) for how in self.codecs(shape).values())
+        return sum(how.statistics_length(shape) for how in self.codecs(shape).values())
 
     @torch.no_grad()
     def set_weights(
@@ -211,7 +211,7 @@ class Update:
     @torch.no_grad()
     def statistics(self, extent: Extent, tensors: Mapping[str, Tensor], grad: Tensor, hyper: Hyper) -> Tensor | None:
         """Maxima that scales of the whole tensor need, FP32 1-D, to be MAX-reduced; None if there are none."""
-        if not any(_statistics_length(how, extent.shape) for how in self.codecs(extent.shape).values()):
+        if not self.statistics_length(extent.shape):
             return None
         if (job := self._fused(extent, tensors, grad, hyper)) is not None:
             return job.statistics()
@@ -274,7 +274,7 @@ class Update:
         before = self._represented(extent, tensors) if measure else None
         for name, how in self.codecs(extent.shape).items():
             mine = None
-            if statistics is not None and (length := _statistics_length(how, extent.shape)):
+            if statistics is not None and (length := how.statistics_length(extent.shape)):
                 mine, statistics = statistics[:length], statistics[length:]
             if name != "weight":
                 random = replace(key, slot=name) if key is not None else None
@@ -369,7 +369,3 @@ def _key(name: str, suffix: str) -> str:
 def _state(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     """The state `name` by suffix."""
     return {key[len(name) :].lstrip("."): t for key, t in tensors.items() if key == name or key.startswith(name + ".")}
-
-
-def _statistics_length(how: Codec, shape: tuple[int, ...]) -> int:
-    return sum(part.length for part in how.parts(shape).values() if part.per == 0)

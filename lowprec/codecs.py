@@ -172,6 +172,10 @@ class Codec:
         """float32 [count]."""
         return state[""].float()
 
+    def statistics_length(self, shape: tuple[int, ...]) -> int:
+        """Length of what `statistics` returns for a tensor of `shape`; 0: nothing."""
+        return sum(part.length for part in self.parts(shape).values() if part.per == 0)
+
     def statistics(self, values: Tensor, extent: Extent) -> Tensor | None:
         """What `encode` needs to know of the whole tensor, of this fragment: FP32, 1-D, to be MAX-reduced; or None."""
         return None
@@ -223,12 +227,16 @@ class Scaled(Codec):
     def statistics(self, values: Tensor, extent: Extent) -> Tensor | None:
         return values.abs().amax().view(1)
 
+    def next_scale(self, statistics: Tensor, previous: Tensor) -> Tensor:
+        """Decode scale FP32 [1] of a tensor with these statistics, whose scale was `previous`."""
+        return power_of_two_scale(statistics, element_format(self._element).max, previous)
+
     def encode(
         self, values: Tensor, extent: Extent, state: State, statistics: Tensor | None, random: RandomKey | None
     ) -> None:
         assert statistics is not None, f"{self.name} needs the tensor's amax"
         form = element_format(self._element)
-        state["scale"].copy_(power_of_two_scale(statistics, form.max, state["scale"]))
+        state["scale"].copy_(self.next_scale(statistics, state["scale"]))
         uniform = self._uniform(extent, random, values.device)
         rounded = _to_grid(values * (1.0 / state["scale"]), self._element, uniform)
         if self.name == "fp16_scaled":

@@ -84,6 +84,7 @@ FULL: dict[int, list[tuple[str, ...]]] = {
         *(tp(2, *pp(2, name, *((TIED,) if i % 3 else ())), sp=bool(i % 2)) for i, name in enumerate(SCHEDULES)),
         *(tp(2, zero(stage), sp=bool(stage % 2)) for stage in range(4)),
         tp(4, *HYBRID, "model.mamba.groups=4", sp=True),
+        tp(2, *pp(2, "1f1b", *HYBRID, TIED, "model.bias=true")),
         *(tp(2, *HYBRID, zero(stage), TIED, sp=bool(stage % 2)) for stage in range(4)),
         *(tp(2, *pp(2, name, *HYBRID, *((TIED,) if i % 2 else ())), sp=i > 2) for i, name in enumerate(SCHEDULES)),
         *(pp(2, schedule, zero(i % 2), *((TIED,) if i % 2 else ())) for i, schedule in enumerate(SCHEDULES)),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowprec.codebooks import codebook, thresholds
-from lowprec.codecs import UNIT, Codec, Coded, Rank1, Scaled, power_of_two_scale
+from lowprec.codecs import UNIT, Codec, Coded, Rank1, Scaled
 from lowprec.formats import ElementFormat, element_format
 from lowprec.philox import RandomKey
 
@@ -47,11 +47,10 @@ def statistics(job: Job) -> Tensor:
     """As `Job.statistics`."""
     from lowprec.kernels.gpu.adamw_programs import maxima_kernel
 
-    lengths = [_maxima(codec, job) for codec in job.codecs.values()]
-    found = torch.zeros(sum(lengths), dtype=torch.int32, device=job.grad.device)
-    nothing = [None] * len(lengths)
-    states = [_state(job, name, part) for name, part in zip(job.codecs, nothing, strict=True)]
     extent = job.extent
+    lengths = [codec.statistics_length(extent.shape) for codec in job.codecs.values()]
+    found = torch.zeros(sum(lengths), dtype=torch.int32, device=job.grad.device)
+    states = [_state(job, name, None) for name in job.codecs]
     sizes = (extent.columns, extent.numel // extent.columns)
     _launch(maxima_kernel, job, *states, found.split(lengths), *sizes, job.numbers, extent.count, extent.offset)
     return found.view(torch.float32)
@@ -62,7 +61,7 @@ def apply(job: Job, statistics: Tensor | None, key: RandomKey | None, measure: b
     from lowprec.kernels.gpu.adamw_programs import SPAN, adamw_kernel
 
     device, extent = job.grad.device, job.extent
-    lengths = [_maxima(codec, job) for codec in job.codecs.values()]
+    lengths = [codec.statistics_length(extent.shape) for codec in job.codecs.values()]
     parts = [None] * len(lengths) if statistics is None else statistics.split(lengths)
     states = [_state(job, name, part) for name, part in zip(job.codecs, parts, strict=True)]
     words = (0, 0, 0)
@@ -98,11 +97,6 @@ def _bits(x: Tensor) -> Tensor:
     return x.view(torch.int16) if x.dtype == torch.bfloat16 else x
 
 
-def _maxima(codec: Codec, job: Job) -> int:
-    """How many statistics of the whole tensor its scales need."""
-    return sum(part.length for part in codec.parts(job.extent.shape).values() if part.per == 0)
-
-
 def _state(job: Job, name: str, found: Tensor | None) -> tuple[Tensor | None, ...]:
     """The tuple of gpu/adamw_programs.py; found: statistics of the whole tensor."""
     codec, tensors = job.codecs[name], job.tensors
@@ -111,8 +105,7 @@ def _state(job: Job, name: str, found: Tensor | None) -> tuple[Tensor | None, ..
     next_scale = next_rows = next_columns = None
     if found is not None and isinstance(codec, Scaled):
         assert scale is not None
-        largest = element_format("e5m10" if codec.name == "fp16_scaled" else "e4m3").max
-        next_scale = power_of_two_scale(found, largest, scale)
+        next_scale = codec.next_scale(found, scale)
     elif found is not None and isinstance(codec, Rank1):
         assert rows is not None
         next_rows, next_columns = found[: len(rows)], found[len(rows) :]
