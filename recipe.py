@@ -133,14 +133,13 @@ class Recipe:
             found.append(f"gradients.payload {gradients.payload} at zero.stage 0; use stage 1 or 2, or payload fp32")
         if stage == 3:
             found += [
-                f"{key} {value} at zero.stage 3, where DeepSpeed reduces FP32 gradients and keeps FP32 masters; use "
-                f"stage 1 or 2, or {default}"
-                for key, value, default in (
-                    ("gradients.payload", gradients.payload, "fp32"),
-                    ("gradients.accumulate", gradients.accumulate, "fp32"),
-                    ("optimizer.master", optimizer.master, "fp32"),
+                f"{key} {value} at zero.stage 3, where DeepSpeed adds up and reduces FP32 gradients; use stage 1 or 2, "
+                "or fp32"
+                for key, value in (
+                    ("gradients.payload", gradients.payload),
+                    ("gradients.accumulate", gradients.accumulate),
                 )
-                if value != default
+                if value != "fp32"
             ]
         if self.model.dtype == "fp32" and optimizer.master in ("bf16", "none"):
             found.append(f"optimizer.master {optimizer.master} needs model.dtype bf16, it is fp32")

@@ -304,8 +304,8 @@ def _sliced_fragments(zero: Any, names: Mapping[int, str], updater: Updater) -> 
             count = min(size, parameter.ds_numel - offset)
             if count > 0:
                 here = slice(place, place + count)
-                master = flat.detach()[here]
-                fragment = updater.adopt(names[id(parameter)], offset, master, master, decay)
+                working = zero.fp16_partitioned_groups_flat[index][here]
+                fragment = updater.adopt(names[id(parameter)], offset, flat.detach()[here], working, decay)
                 held.append((fragment, here))
                 yield fragment
             place += size

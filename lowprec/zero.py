@@ -10,8 +10,8 @@ Then:
     stage 3      as stage 2, in DeepSpeed's own FP32 partitions; weights are partitioned too, and gathered at each use
 
 Stages 0-2 run our subclass of DeepSpeed's optimizer (zero_optimizer.py), which DeepSpeed would not choose for BF16 with
-FP32 accumulation at stage 1 and refuses at stage 0: its choice is overridden, and asserted. At stage 3 DeepSpeed's
-optimizer stays, and calls our update on its FP32 master partitions.
+FP32 accumulation at stage 1 and refuses at stage 0: its choice is overridden, and asserted. At stage 3 a smaller
+subclass (zero_stage3.py) runs our update on DeepSpeed's partitions.
 
 What DeepSpeed keeps flat is shown to the rest of the program as `Fragment`s of logical tensors. Parameters are laid out
 so that a partition's border always falls on a multiple of 256 elements of a parameter: fillers, small parameters of
@@ -24,7 +24,7 @@ import contextlib
 import io
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -46,6 +46,7 @@ from lowprec.policy import together
 from lowprec.updater import Updater
 from lowprec.zero_optimizer import low_precision
 from lowprec.zero_parts import Plan
+from lowprec.zero_stage3 import LowPrecisionStage3
 
 # DeepSpeed logs dozens of lines, some while it is imported, that say nothing about the run.
 logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
@@ -54,7 +55,6 @@ import deepspeed  # noqa: E402
 from deepspeed.accelerator import set_accelerator  # noqa: E402
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # noqa: E402
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION  # noqa: E402
-from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: E402
 from deepspeed.utils import groups as deepspeed_groups  # noqa: E402
 
 REQUIRES = ">=0.19.8,<0.20"
@@ -109,30 +109,14 @@ _PATCH_ENGINE = Patch(
 )
 
 
-def _stage3_class(base: type) -> type:
-    class AskingStage3(base):
-        """Stage 3 that asks `accept` for leave to update; refused, it drops the gradients as after an overflow."""
-
-        accept: Callable[[float], bool] | None = None
-        norm = 0.0
-
-        def _get_norm_groups(self) -> list[Any]:
-            norms = super()._get_norm_groups()
-            self.norm = float(combine_grad_norm_groups(norms))
-            refused = math.isfinite(self.norm) and self.accept is not None and not self.accept(self.norm)
-            return [math.inf] if refused else norms
-
-    return AskingStage3
-
-
 _PATCH_STAGE3 = Patch(
     dist="deepspeed",
     requires=REQUIRES,
     module="deepspeed.runtime.zero.stage3",
     name="DeepSpeedZeroOptimizer_Stage3",
-    build=_stage3_class,
+    build=lambda base: type("LowPrecisionStage3Optimizer", (LowPrecisionStage3, base), {}),
     relies_on=zero_sources.STAGE_3,
-    why="a step whose loss or gradient is an outlier is not applied",
+    why="masters in the format of the recipe; a step whose loss or gradient is an outlier is not applied",
 )
 
 
@@ -244,7 +228,7 @@ def build_engine(parts: Sequence[nn.Module], plan: ZeroPlan) -> Engine:
             dist_init_required=False,
         )
     chosen = type(engine.optimizer).__name__
-    wanted = "AskingStage3" if stage == 3 else "LowPrecisionZeroOptimizer"
+    wanted = "LowPrecisionStage3Optimizer" if stage == 3 else "LowPrecisionZeroOptimizer"
     if chosen != wanted:
         raise RuntimeError(f"DeepSpeed chose {chosen}, not {wanted}")
     sums = SumGroups(None if stage == 0 or dp == 1 else data_parallel, layout and layout.mpu.get_model_parallel_group())

@@ -46,11 +46,16 @@ STAGES_0_TO_2 = {
 }
 STAGE_3 = {
     "__init__": "e72f2417ee27",
+    "_create_fp32_partitions": "0416e7bec0df",
     "_get_norm_groups": "974311a54ac7",
     "_get_param_partition_rank": "c3f72bb1757d",
     "_loss_scale_update_and_overflow_cleanup": "fa15a8904ed3",
+    "_optimizer_step": "4a543331f7be",
     "_partition_all_parameters": "d69e92b8ed15",
+    "_prepare_fp32_grad_for_sub_group": "728df2f77998",
     "_reassign_or_swap_out_partitioned_parameters": "628a45836351",
+    "_release_sub_group": "6abcf74ba10e",
+    "_unflatten_partitioned_parameters": "dd504d0a626c",
     "step": "19695d69a3d9",
 }
 ENGINE = {

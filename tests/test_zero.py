@@ -330,7 +330,7 @@ def test_every_method_of_deepspeed_that_we_override_or_call_is_fingerprinted():
     ours, engine = _names("zero_optimizer.py", "self"), _names("engine.py", "optimizer") | _names("engine.py", "zero")
     for base, names, known in (
         (DeepSpeedZeroOptimizer, ours, zero_sources.STAGES_0_TO_2),
-        (DeepSpeedZeroOptimizer_Stage3, engine | _names("zero.py", "self"), zero_sources.STAGE_3),
+        (DeepSpeedZeroOptimizer_Stage3, engine | _names("zero_stage3.py", "self"), zero_sources.STAGE_3),
         (DeepSpeedEngine, {n for n in _names("zero.py", "self") if n.startswith("_")}, zero_sources.ENGINE),
     ):
         theirs = {name for name in names if inspect.isfunction(getattr(base, name, None))}
