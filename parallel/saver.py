@@ -8,6 +8,9 @@ checkpoints are then as they were.
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -76,7 +79,7 @@ class Saver:
         self._pending: Future[Path] | None = None
         if config.behind:
             self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-            self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_yield_to_training)
 
     def save(self, step: int, fragments: Sequence[Fragment], meta: dict[str, Any], own: Mapping[str, Tensor]) -> None:
         """Save the checkpoint after `step`; arguments as of `parallel.checkpoint.save`. Collective.
@@ -110,6 +113,14 @@ class Saver:
         pending, self._pending = self._pending, None
         if pending is not None:
             self._announce(pending.result())
+
+
+def _yield_to_training() -> None:
+    """The lowest priority for this thread and those that it starts: where all cores train, one that lost its core to a
+    save would hold up the others at their next barrier.
+    """
+    if sys.platform == "linux":  # elsewhere threads have no priorities of their own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _copied(tensor: Tensor) -> Tensor:

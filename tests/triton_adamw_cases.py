@@ -20,7 +20,7 @@ if reason := gpu.unavailable_because():
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY = [u for u in case.updates() if "_sr" not in u.exp_avg and u.exp_avg_sq != "factor"]
-QUICK = [  # each store, master and rule
+QUICK = [  # each store and master, almost every rule
     Update(exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, master=master, update=update)  # pyright: ignore
     for exp_avg, exp_avg_sq, master, update in (
         ("fp32", "fp32", "fp32", "nearest"),
@@ -28,7 +28,6 @@ QUICK = [  # each store, master and rule
         ("fp8_e4m3_b256", "dynamic8_b256", "none", "nearest"),
         ("dynamic4_b128", "linear4_rank1", "none", "stochastic"),
         ("dynamic8_b256", "linear4_b128", "bf16", "kahan"),
-        ("bf16", "bf16", "none", "collage_light"),
         ("bf16", "bf16", "none", "collage_plus"),
     )
 ]
