@@ -7,6 +7,7 @@ that run while it writes, then a save that training waits for. All times are med
     behind_stall_ms              what the save behind training takes from the step that starts it
     behind_slowdown_ms           by how much all steps beside one save are slower, together
     behind_cost                  (stall + slowdown) / step
+    behind_lasts_ms              from its start until it is complete
     waiting_stall_ms             a save that training waits for
     write_mb_per_s, read_mb_per_s    of the checkpoint; hashing, syncing and verifying included
     torch_*, raw_*               torch.save and torch.load of the same tensors; one write and fsync, one read
@@ -58,18 +59,21 @@ def measure(run: Run, folder: Path, rounds: int) -> Figures:
     waiting = Saver(folder / "waiting", CheckpointConfig(keep=1), lambda _: None)
     for _ in range(3):
         step(run)
-    alone, stalls, slower, waits = [], [], [], []
+    alone, stalls, slower, lasts, waits = [], [], [], [], []
     for _ in range(rounds):
         mine = [step(run) for _ in range(4)]
         alone += mine
+        begun = time.perf_counter()
         stalls.append(save(run, behind))
         beside = []
         while behind.busy:
             beside.append(step(run))
         behind.finish()
+        lasts.append(time.perf_counter() - begun)
         slower.append(sum(beside) - len(beside) * statistics.median(mine))
         waits.append(save(run, waiting))
-    took = {"step": alone, "behind_stall": stalls, "behind_slowdown": slower, "waiting_stall": waits}
+    took = {"step": alone, "behind_stall": stalls, "behind_slowdown": slower, "behind_lasts": lasts}
+    took["waiting_stall"] = waits
     figures: Figures = {f"{name}_ms": 1e3 * statistics.median(values) for name, values in took.items()}
     cost = float(figures["behind_stall_ms"]) + float(figures["behind_slowdown_ms"])
     figures["behind_cost"] = cost / float(figures["step_ms"])

@@ -97,6 +97,7 @@ def save(
     own: Mapping[str, Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
     keep: int = 3,
+    aside: bool = False,
 ) -> Path:
     """Write the checkpoint after `step` and make it the newest; return its directory. Collective over `group`.
 
@@ -105,6 +106,7 @@ def save(
     meta: JSON-able, the same on all ranks (that of rank 0 is written).
     own: kind -> tensor of this rank alone, e.g. a generator's state; the same kinds on all ranks.
     keep: older checkpoints beyond this number are deleted afterwards.
+    aside: slowly, by processes that take only time that nobody else wants.
 
     Raises CheckpointError on every rank if any rank fails; older checkpoints and the pointer are then untouched.
     """
@@ -130,7 +132,7 @@ def save(
 
     try:
         shapes = ranks.agree(gather, prepare, what)
-        written = dcp.write(folder, state, ranks, what)
+        written = dcp.write(folder, state, ranks, what, aside=aside)
         content = {"step": step, "ranks": ranks.size, "shapes": shapes, "run": meta}
         return ranks.agree(lambda: _finish_files(folder, content, written, ranks.rank), complete, what)
     except Exception:

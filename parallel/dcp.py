@@ -50,7 +50,7 @@ from lowprec.codecs import UNIT
 from lowprec.fragments import Shard, matrix_shape
 from parallel import dcp_index
 from parallel.agree import Ranks, describe, summary
-from parallel.hashed_file import HashedFile
+from parallel.hashed_file import HandedFile, HashedFile
 from parallel.manifest import FileRecord
 from parallel.rectangles import rectangles, stored_shape
 
@@ -190,16 +190,17 @@ class RestoringPlanner(DefaultLoadPlanner):
 class _Files(filesystem.FileSystem):
     """DCP's file access that remembers what was written, and what went wrong, in any of its threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, aside: bool) -> None:
+        self.kind = HandedFile if aside else HashedFile
         self.errors: list[Exception] = []
         self.records: dict[str, FileRecord] = {}
 
     @contextmanager
-    def create_stream(self, path: Path, mode: str) -> Generator[IO[bytes] | HashedFile, None, None]:
+    def create_stream(self, path: Path, mode: str) -> Generator[IO[bytes] | HashedFile | HandedFile, None, None]:
         path = Path(path)
         data = mode == "wb" and path.suffix == filesystem.DEFAULT_SUFFIX
         try:
-            stream = HashedFile(path) if data else path.open(mode)
+            stream = self.kind(path) if data else path.open(mode)
         except OSError as error:
             self.errors.append(error)
             raise
@@ -207,7 +208,7 @@ class _Files(filesystem.FileSystem):
             # No CRC: the manifest has SHA-256.
             with stream, serialization.patch("save.compute_crc32", False):  # pyright: ignore[reportAttributeAccessIssue]
                 yield stream
-            if isinstance(stream, HashedFile):
+            if isinstance(stream, HashedFile | HandedFile):
                 self.records[path.name] = stream.record
         except Exception as error:  # raised by Writer in the caller's thread
             self.errors.append(_system_error(error, path))
@@ -226,9 +227,9 @@ def _system_error(error: BaseException, path: Path) -> Exception:
 class Writer(filesystem.FileSystemWriter):
     """Writes into an existing directory; leaves fsync to the caller and raises every error."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, aside: bool) -> None:
         super().__init__(path, sync_files=False, thread_count=WRITER_THREADS)
-        self.fs = _Files()
+        self.fs = _Files(aside)
 
     def storage_meta(self) -> None:
         """No machine's path and no random id in the checkpoint."""
@@ -260,12 +261,13 @@ class Reader(filesystem.FileSystemReader):
         return self.index
 
 
-def write(folder: Path, state: State, ranks: Ranks, what: str) -> dict[str, FileRecord]:
+def write(folder: Path, state: State, ranks: Ranks, what: str, *, aside: bool = False) -> dict[str, FileRecord]:
     """Write the boxes of all ranks and the index into the existing `folder`; the data files of this rank. Collective.
 
+    aside: as HandedFile writes
     Raises CheckpointError("<what>: ...") on all ranks if any fails.
     """
-    writer = Writer(folder)
+    writer = Writer(folder, aside)
     _collective(lambda **group: save(state, storage_writer=writer, planner=SavePlanner(), **group), ranks, what)
     return writer.fs.records
 

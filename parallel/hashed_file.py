@@ -1,4 +1,4 @@
-"""A file that is hashed while it is written, so that its hash costs no second reading.
+"""Files that are hashed while they are written, so that a hash costs no second reading.
 
 The hash is of the bytes that were meant: it also finds what was damaged on the way to the disk.
 """
@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+from parallel import write_aside
 from parallel.manifest import FileRecord
 
 
@@ -31,3 +35,56 @@ class HashedFile(io.BufferedWriter):
     def record(self) -> FileRecord:
         """Size and SHA-256 of what was written."""
         return FileRecord(self._size, self._hash.hexdigest())
+
+
+class HandedFile(io.RawIOBase):
+    """The same, but another process writes, hashes and syncs, in time that this one's threads leave (write_aside.py).
+
+    A thread would not do: of low priority, it would keep the interpreter's lock while it waits for a core, and of equal
+    priority it takes a core from training, whose other cores wait at the next barrier. `record` is there after `close`.
+    """
+
+    record: FileRecord
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._size = path, 0
+        script = [sys.executable, "-I", "-S", write_aside.__file__]
+        pipe = subprocess.PIPE
+        with path.open("wb") as file:
+            self._process: Any = subprocess.Popen(
+                script, stdin=pipe, stdout=file, stderr=pipe, bufsize=0, start_new_session=True
+            )
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._size
+
+    def write(self, data: Any) -> int:
+        """Hand over all of `data` (bytes-like). Raises as `close`, if the process has ended."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while rest:
+                rest = rest[self._process.stdin.write(rest) :]
+        except BrokenPipeError:
+            self.close()  # says why
+            raise
+        self._size += size
+        return size
+
+    def close(self) -> None:
+        """Wait until everything is on the disk. Raises OSError, or RuntimeError if the process was ended from outside."""
+        if self.closed:
+            return
+        super().close()
+        _, said = self._process.communicate()
+        try:
+            found = json.loads(said)
+        except ValueError:
+            reason = said.decode(errors="replace").strip() or "no word"
+            raise RuntimeError(f"{self._path}: its writer ended with {self._process.returncode}: {reason}") from None
+        if "errno" in found:
+            raise OSError(found["errno"], found["strerror"], str(self._path))
+        self.record = FileRecord(found["size"], found["sha256"])

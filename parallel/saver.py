@@ -1,16 +1,13 @@
 """`Saver`: when the checkpoints of a run are written, now or behind the training that goes on.
 
-Behind: the tensors are copied to the CPU, then a thread of each rank writes, hashes and publishes the copies while
-training goes on. Its agreements run over a process group of their own, so that they cannot mix with training's. One
+Behind: the tensors are copied to the CPU, then a thread of each rank hands the copies to processes that write and hash
+them in time that training leaves, and publishes them. Its agreements run over a process group of their own, so that they cannot mix with training's. One
 save is in flight at most: the next one first waits for it. An error surfaces there, or at the end of the run; the older
 checkpoints are then as they were.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -79,7 +76,7 @@ class Saver:
         self._pending: Future[Path] | None = None
         if config.behind:
             self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
-            self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_yield_to_training)
+            self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def save(self, step: int, fragments: Sequence[Fragment], meta: dict[str, Any], own: Mapping[str, Tensor]) -> None:
         """Save the checkpoint after `step`; arguments as of `parallel.checkpoint.save`. Collective.
@@ -95,7 +92,7 @@ class Saver:
             for fragment in fragments
         ]
         mine = {kind: _copied(tensor) for kind, tensor in own.items()}
-        options = {"own": mine, "group": self._group, "keep": self._config.keep}
+        options = {"own": mine, "group": self._group, "keep": self._config.keep, "aside": True}
         self._pending = self._threads.submit(save, self._run_dir, step, copies, meta, **options)
 
     @property
@@ -113,14 +110,6 @@ class Saver:
         pending, self._pending = self._pending, None
         if pending is not None:
             self._announce(pending.result())
-
-
-def _yield_to_training() -> None:
-    """The lowest priority for this thread and those that it starts: where all cores train, one that lost its core to a
-    save would hold up the others at their next barrier.
-    """
-    if sys.platform == "linux":  # elsewhere threads have no priorities of their own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Measure this machine as a `Machine`: the rate of each kind of operation that a plan has, at the sizes that it has.
 
 A CPU has no data sheet that a plan could use: the rate of a GEMM, of a pass over a tensor, of a quantizer depends on
-size, cache and instructions. So each kind is run, alone, at up to SIZES of its sizes, on memory that has been touched.
+size, cache and instructions. So each kind is run, alone, at up to SIZES of its sizes, on memory that has been touched,
+into memory that has left the cache.
 Ranks that share the machine measure at the same time, as they will train; then they measure their links. Seconds.
 """
 
@@ -12,7 +13,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from run.environment import keep_memory
 
 SIZES = 3
 SECONDS = 0.04  # for each size of each kind
+KEPT, MOST_KEPT = 1 << 26, 64  # bytes, and number, of an operation's last results that stay while it is measured
 DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.int64}
 MESSAGES = (1 << 10, 1 << 18, 1 << 22)  # bytes
 ELEMENTS = 1 << 20  # of the optimizer's fragment
@@ -108,7 +110,12 @@ def _chosen(ops: Iterable[Op]) -> dict[str, list[Op]]:
 
 
 def _rate(op: Op) -> float:
-    return rate_size(op) / seconds_of(_runner(op))
+    """Of the operation as a step has it: its results go to memory that no cache holds, for they are kept."""
+    run, written = _runner(op), sum(count for _, count in op.writes)
+    kept: deque[object] = deque(maxlen=min(max(KEPT // written, 1), MOST_KEPT))
+    for _ in range(kept.maxlen or 0):
+        kept.append(run())
+    return rate_size(op) / seconds_of(lambda: kept.append(run()))
 
 
 def seconds_of(run: Callable[[], object]) -> float:
