@@ -46,12 +46,15 @@ def _step(path: Path) -> int | None:
 
 
 def by_age(root: Path) -> list[Path]:
-    """Checkpoint directories in `root`, newest first: the pointed one, earlier steps, then abandoned later ones."""
+    """Checkpoint directories in `root`, newest first: the pointed one, earlier steps, then abandoned later ones.
+
+    A run may save meanwhile: what was pointed at need not be there any more.
+    """
+    newest = pointed(root)
     if not root.is_dir():
         return []
     steps = {path: step for path in root.iterdir() if (step := _step(path)) is not None and path.is_dir()}
-    newest = pointed(root)
-    last = steps[newest] if newest else max(steps.values(), default=0)
+    last = steps[newest] if newest in steps else max(steps.values(), default=0)
     return sorted(steps, key=lambda path: (steps[path] > last, -steps[path]))
 
 

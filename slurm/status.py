@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -108,8 +109,9 @@ def _read(run_dir: Path, now: float) -> Status:
         values["tokens_per_s"] = statistics.fmean(record["tokens_per_s"] for record in records)
         values["eta_s"] = seconds * (steps - last["step"])
     if newest := next(iter(catalog.by_age(run_dir / catalog.FOLDER)), None):
-        values["checkpoint"] = int(newest.name.removeprefix("step-"))
-        values["checkpoint_age_s"] = max(0.0, now - newest.stat().st_mtime)
+        with suppress(FileNotFoundError):  # deleted since, as the run goes on
+            values["checkpoint_age_s"] = max(0.0, now - newest.stat().st_mtime)
+            values["checkpoint"] = int(newest.name.removeprefix("step-"))
     return Status(str(run_dir), _state(run_dir, now, seconds), **values)
 
 

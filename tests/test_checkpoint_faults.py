@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from errors import CheckpointError
-from parallel import manifest
+from parallel import catalog, manifest
 from parallel.checkpoint import load_weights, save
 from tests.checkpoint_case import Piece, newest_step, pieces, save_alone, truth
 from tests.spawn import run_ranks
@@ -50,6 +50,25 @@ def test_a_run_taken_back_goes_on_from_its_own_past(tmp_path: Path) -> None:
     assert _names(tmp_path) == _steps(10, 15, 16)
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000016")
     assert newest_step(tmp_path) == 15, "the pointer names nothing: the newest directory counts"
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_who_looks_while_a_run_saves_sees_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, early: bool
+) -> None:
+    """The pointer is read at one moment, the directory at another: a save, and its pruning, just before or after."""
+    save_alone(tmp_path, 1, keep=1)
+    pointed = catalog.pointed
+
+    def meanwhile(root: Path) -> Path | None:
+        found = None if early else pointed(root)
+        with monkeypatch.context() as plain:
+            plain.setattr(catalog, "pointed", pointed)
+            save_alone(tmp_path, 2, keep=1)
+        return pointed(root) if early else found
+
+    monkeypatch.setattr(catalog, "pointed", meanwhile)
+    assert [path.name for path in catalog.by_age(tmp_path / catalog.FOLDER)] == ["step-00000002"]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
