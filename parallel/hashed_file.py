@@ -75,7 +75,7 @@ class HandedFile(io.RawIOBase):
         return size
 
     def close(self) -> None:
-        """Wait until everything is on the disk. Raises OSError, or RuntimeError if the process was ended from outside."""
+        """Wait until all is on the disk. Raises OSError, or RuntimeError if the process was ended from outside."""
         if self.closed:
             return
         super().close()

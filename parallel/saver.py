@@ -1,9 +1,9 @@
 """`Saver`: when the checkpoints of a run are written, now or behind the training that goes on.
 
 Behind: the tensors are copied to the CPU, then a thread of each rank hands the copies to processes that write and hash
-them in time that training leaves, and publishes them. Its agreements run over a process group of their own, so that they cannot mix with training's. One
-save is in flight at most: the next one first waits for it. An error surfaces there, or at the end of the run; the older
-checkpoints are then as they were.
+them in time that training leaves, and publishes them. Its agreements run over a process group of their own, so that
+they cannot mix with training's. One save is in flight at most: the next one first waits for it. An error surfaces
+there, or at the end of the run; the older checkpoints are then as they were.
 """
 
 from __future__ import annotations
