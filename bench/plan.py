@@ -1,11 +1,12 @@
 """Plans against runs on this machine: bytes and seconds of a step that were predicted, over those that were measured.
 
-Every layout is planned as `train.py --plan --gpu cpu` does, with rates that its ranks measure together, in turns with
-the steps, and trained by the code of a run (run/local.py, the engine, the pipeline), in eager mode, on one thread a
-rank. Bytes are the most that live tensors hold during a step: a dispatch mode sees every operation, notes the storages
-that it makes and, through weak references, when they die; a storage counts once. On one rank the CPU allocator's own
-records (torch.profiler) are a second witness. Seconds are the median of the steps after the first two, without either,
-of the half of them in which other processes had least of the machine; they want a machine with nothing else to do.
+Every layout is planned as `train.py --plan --gpu cpu` does, with rates that as many processes measure together, before
+the run and after it, and trained by the code of a run (run/local.py, the engine, the pipeline), in eager mode, on one
+thread a rank. Bytes are the most that live tensors hold during a step: a dispatch mode sees every operation, notes the
+storages that it makes and, through weak references, when they die; a storage counts once. On one rank the CPU
+allocator's own records (torch.profiler) are a second witness. Seconds are the median of the steps after the first two,
+without either, of the half of them in which other processes had least of the machine; they want a machine with nothing
+else to do.
 
     LAYOUT_bytes, LAYOUT_seconds                predicted over measured
     LAYOUT_mib, LAYOUT_step_ms                  measured
@@ -131,15 +132,6 @@ class Usage:
         return float(share)
 
 
-@dataclass(frozen=True)
-class Round:
-    """others: of the machine, while it was measured and while the step ran."""
-
-    others: float
-    machine: Machine
-    seconds: float
-
-
 class Rehearsal:
     """The step of a run, on random tokens."""
 
@@ -173,7 +165,7 @@ class Rehearsal:
 
 
 def measure(rank: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One layout on the ranks of the default group: a run's bytes, then the machine and the run's seconds in turns."""
+    """One layout on the ranks of the default group: a run's bytes, then its seconds."""
     keep_memory()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")  # as train.py
     case: Case = options.case
@@ -193,19 +185,20 @@ def measure(rank: int, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _timed(run: Rehearsal, options: argparse.Namespace) -> dict[str, Any]:
-    """The machine and the seconds of a step, measured in turns, so that a slow moment meets both."""
-    rounds: list[Round] = []
+    rounds: list[tuple[float, float]] = []  # share of the machine that others had; seconds
     for step in range(options.steps):
         began = Usage.now()
-        machine = measure_cpu([options.units], run.recipe.optimizer)
         seconds = run.step(2 + step)
-        rounds.append(Round(Usage.now().others(began), machine, seconds))
-    calm = sorted(rounds, key=lambda each: each.others)[: max(options.steps // 2, 1)]
-    return {
-        "machine": together([each.machine for each in calm]),
-        "took": statistics.median(each.seconds for each in calm),
-        "others": max(each.others for each in calm),
-    }
+        rounds.append((Usage.now().others(began), seconds))
+    calm = sorted(rounds)[: max(options.steps // 2, 1)]
+    return {"took": statistics.median(seconds for _, seconds in calm), "others": calm[-1][0]}
+
+
+def machine_of(rank: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The machine as so many ranks see it, in processes of their own: measuring leaves the heap as no step does."""
+    keep_memory()
+    measured = [measure_cpu([options.units], options.recipe_of_case.optimizer) for _ in range(2)]
+    return {"machine": together(measured)}
 
 
 def compare(case: Case, options: argparse.Namespace) -> Figures:
@@ -215,8 +208,13 @@ def compare(case: Case, options: argparse.Namespace) -> Figures:
     planner = Planner(recipe, UNMEASURED, case.ranks, gemm_dtype)
     options.case, options.recipe_of_case, options.gemm_dtype = case, recipe, gemm_dtype
     options.units = planner.units(recipe, ())
+    measured: list[Any] = []
+    if options.only != "bytes":
+        measured.append(on_ranks(machine_of, case.ranks, 1, options)["machine"])
     found: dict[str, Any] = on_ranks(measure, case.ranks, 1, options)
-    planner.machine = found.get("machine", UNMEASURED)
+    if measured:
+        measured.append(on_ranks(machine_of, case.ranks, 1, options)["machine"])
+        planner.machine = together(measured)
     plan = planner.in_bytes(recipe, case.ranks)
     figures: Figures = {
         "bytes": plan.fullest.peak / found["peak"],
@@ -267,7 +265,7 @@ def within(found: Mapping[str, Figures]) -> bool:
 def main() -> None:
     made = parser(__doc__)
     made.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), metavar="NAME")
-    made.add_argument("--steps", type=int, default=5, help="in turns with measuring the machine (%(default)s)")
+    made.add_argument("--steps", type=int, default=6, help="that are timed (%(default)s)")
     made.add_argument("--only", choices=["bytes"], help="what a busy machine does not change")
     options = made.parse_args()
     if options.steps < 1:
