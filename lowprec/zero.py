@@ -55,6 +55,7 @@ import deepspeed  # noqa: E402
 from deepspeed.accelerator import set_accelerator  # noqa: E402
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator  # noqa: E402
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION  # noqa: E402
+from deepspeed.runtime.utils import combine_grad_norm_groups  # noqa: E402
 from deepspeed.utils import groups as deepspeed_groups  # noqa: E402
 
 REQUIRES = ">=0.19.8,<0.20"
@@ -114,7 +115,9 @@ _PATCH_STAGE3 = Patch(
     requires=REQUIRES,
     module="deepspeed.runtime.zero.stage3",
     name="DeepSpeedZeroOptimizer_Stage3",
-    build=lambda base: type("LowPrecisionStage3Optimizer", (LowPrecisionStage3, base), {}),
+    build=lambda base: type(
+        "LowPrecisionStage3Optimizer", (LowPrecisionStage3, base), {"combined": staticmethod(combine_grad_norm_groups)}
+    ),
     relies_on=zero_sources.STAGE_3,
     why="masters in the format of the recipe; a step whose loss or gradient is an outlier is not applied",
 )

@@ -11,23 +11,26 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 _Base: Any = object  # stands for DeepSpeed's class, of which this file knows only what it overrides
 
 
 class LowPrecisionStage3(_Base):
     """What is ours of the optimizer: a mix-in before DeepSpeed's class.
 
-    accept: is asked for leave to update; refused, the gradients are dropped as after an overflow
-    norm:   of the last step's gradients
+    combined: DeepSpeed's norm of all groups from theirs; set by zero.py, as only that file imports DeepSpeed
+    accept:   is asked for leave to update; refused, the gradients are dropped as after an overflow
+    norm:     of the last step's gradients
     """
 
+    combined: Callable[[list[Any]], Any]
     accept: Callable[[float], bool] | None = None
     norm = 0.0
 
     def _create_fp32_partitions(self) -> None:
-        """Without a use for an FP32 master, a tensor of its shape and type stands for it, and takes no memory."""
+        """Without a use for FP32 masters, a tensor of the shape and type of each stands for it, and takes no memory.
+
+        The base class has made them all by then: for a moment of the start they are there.
+        """
         super()._create_fp32_partitions()
         if self.optimizer.updater.update.master == "fp32":
             return
@@ -38,9 +41,7 @@ class LowPrecisionStage3(_Base):
 
     def _get_norm_groups(self) -> list[Any]:
         norms = super()._get_norm_groups()
-        each = torch.tensor([float(norm) for norm in norms])
-        invalid = not each.isfinite().all() or bool((each < 0).any())  # -1 stands for a norm that was not finite
-        self.norm = math.inf if invalid else float(torch.linalg.vector_norm(each))
+        self.norm = float(self.combined(norms))
         refused = math.isfinite(self.norm) and self.accept is not None and not self.accept(self.norm)
         return [math.inf] if refused else norms
 

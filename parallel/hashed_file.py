@@ -48,10 +48,11 @@ class HandedFile(io.RawIOBase):
 
     def __init__(self, path: Path) -> None:
         self._path, self._size = path, 0
+        self._process: Any = None  # for close, which runs even where there is nothing to close
         script = [sys.executable, "-I", "-S", write_aside.__file__]
         pipe = subprocess.PIPE
         with path.open("wb") as file:
-            self._process: Any = subprocess.Popen(
+            self._process = subprocess.Popen(
                 script, stdin=pipe, stdout=file, stderr=pipe, bufsize=0, start_new_session=True
             )
 
@@ -79,6 +80,8 @@ class HandedFile(io.RawIOBase):
         if self.closed:
             return
         super().close()
+        if self._process is None:
+            return
         _, said = self._process.communicate()
         try:
             found = json.loads(said)
@@ -87,4 +90,6 @@ class HandedFile(io.RawIOBase):
             raise RuntimeError(f"{self._path}: its writer ended with {self._process.returncode}: {reason}") from None
         if "errno" in found:
             raise OSError(found["errno"], found["strerror"], str(self._path))
+        if found["size"] != self._size:
+            raise RuntimeError(f"{self._path}: {self._size} bytes were handed over, {found['size']} arrived")
         self.record = FileRecord(found["size"], found["sha256"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import os
 from pathlib import Path
@@ -42,3 +43,10 @@ def test_the_end_of_the_other_process_is_an_error(tmp_path: Path) -> None:
     file._process.wait()
     with pytest.raises(RuntimeError, match="its writer ended with -9: no word"):
         file.write(b"lost")
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_file_that_cannot_be_made_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        HandedFile(tmp_path / "nowhere" / "file")
+    gc.collect()

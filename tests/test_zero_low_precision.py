@@ -220,7 +220,7 @@ ROUNDED = (
 )
 
 
-AT_STAGE_3 = ROUNDED[:4]
+AT_STAGE_3 = ROUNDED[:4]  # gradients are FP32 there
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(1, 2), (2, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
