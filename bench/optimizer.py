@@ -1,6 +1,6 @@
 """Optimizer step: low-precision states against torch's fused FP32 AdamW, in the same run.
 
-Times are of one step over matrices of 1,024 x 1,024 with FP32 gradients and FP32 weights, as multiples of
+Times are of one step over square matrices (`--side`, 1,024) with FP32 gradients and FP32 weights, as multiples of
 torch.optim.AdamW(fused=True) on the same weights; from the fastest of interleaved repetitions, as a shared machine
 can only slow one down. The bound of memory: an FP32 step moves 28 bytes a parameter, a 4-bit one 14; 4bit_r1 and
 fp8lm read everything twice, as scales of whole tensors are found first.
@@ -9,20 +9,20 @@ fp8lm read everything twice, as scales of whole tensors are found first.
     4bit_r1  dynamic4_b128, linear4_rank1        fp8lm   fp8_e4m3, fp16_scaled, FP16 master, BF16 weights and gradients
     bf16_sr  4bit, BF16 weights and gradients, no master, stochastic rounding; bf16_kahan, collage_plus likewise
 
-    python -m bench.optimizer [--millions N] [--threads N ...] [--reference] [--json FILE|-]
+    python -m bench.optimizer [--millions N] [--side N] [--threads N ...] [--device cuda] [--reference] [--json FILE|-]
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import argparse
 from typing import Any
 
 import torch
 from torch import nn
 
-from bench.common import parser, report
+from bench.common import fastest, parser, report
 from lowprec import kernels
+from lowprec.kernels import gpu
 from lowprec.optim import AdamW
 
 _FOUR = {"exp_avg": "dynamic4_b128", "exp_avg_sq": "linear4_b128"}
@@ -42,44 +42,37 @@ VARIANTS: dict[str, tuple[dict[str, Any], torch.dtype]] = {
 }
 
 
-def parameters(millions: int, dtype: torch.dtype) -> list[nn.Parameter]:
-    """`millions` matrices of 2^20 elements with gradients."""
-    made = [nn.Parameter(torch.randn(1024, 1024).mul_(0.02).to(dtype)) for _ in range(millions)]
+def parameters(shape: argparse.Namespace, dtype: torch.dtype) -> list[nn.Parameter]:
+    """Square matrices of `shape.side` with gradients, `shape.millions` times 2^20 elements in all."""
+
+    def draw(spread: float) -> torch.Tensor:
+        return torch.randn(shape.side, shape.side, device=shape.device).mul_(spread).to(dtype)
+
+    made = [nn.Parameter(draw(0.02)) for _ in range((shape.millions << 20) // shape.side**2)]
     for parameter in made:
-        parameter.grad = torch.randn(1024, 1024).mul_(1e-3).to(dtype)
+        parameter.grad = draw(1e-3)
     return made
 
 
-def optimizers(millions: int) -> dict[str, torch.optim.Optimizer]:
+def optimizers(shape: argparse.Namespace) -> dict[str, torch.optim.Optimizer]:
     """torch's under the name "torch", ours under theirs. Weights and gradients of one dtype are shared."""
-    shared = {dtype: parameters(millions, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    shared = {dtype: parameters(shape, dtype) for dtype in (torch.float32, torch.bfloat16)}
     options: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
     made: dict[str, torch.optim.Optimizer] = {"torch": torch.optim.AdamW(shared[torch.float32], fused=True, **options)}
     for name, (storage, dtype) in VARIANTS.items():
-        made[name] = AdamW(shared[dtype], **options, **storage)
+        if name in shape.only:
+            made[name] = AdamW(shared[dtype], **options, **storage)
     return made
 
 
-def torchao_optimizers(millions: int) -> dict[str, torch.optim.Optimizer]:
+def torchao_optimizers(shape: argparse.Namespace) -> dict[str, torch.optim.Optimizer]:
     """torchao's 4- and 8-bit AdamW; empty if torchao is not installed."""
     try:
         from torchao.optim import AdamW4bit, AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError:
         return {}
-    shared = parameters(millions, torch.float32)
+    shared = parameters(shape, torch.float32)
     return {"4bit_torchao": AdamW4bit(shared, lr=1e-4), "8bit_torchao": AdamW8bit(shared, lr=1e-4)}
-
-
-def fastest(variants: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Least seconds of each function, called in turns after one uncounted call each."""
-    best = dict.fromkeys(variants, float("inf"))
-    for repetition in range(repetitions + 1):
-        for name, function in variants.items():
-            start = time.perf_counter()
-            function()
-            if repetition:
-                best[name] = min(best[name], time.perf_counter() - start)
-    return best
 
 
 def bytes_of_states(optimizer: torch.optim.Optimizer, count: int) -> float:
@@ -91,28 +84,35 @@ def bytes_of_states(optimizer: torch.optim.Optimizer, count: int) -> float:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--millions", type=int, default=50, help="matrices of 2^20 parameters")
+    options.add_argument("--side", type=int, default=1024, help="rows and columns of a matrix")
     options.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options.add_argument("--repetitions", type=int, default=7)
     options.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     options.add_argument("--reference", action="store_true", help="also torchao's, where it is installed (slow)")
     arguments = options.parse_args()
-    if (reason := kernels.unavailable_because()) is not None:
+    on_gpu = arguments.device == "cuda"
+    if (reason := (gpu if on_gpu else kernels).unavailable_because()) is not None:
         raise SystemExit(f"the kernels are not available: {reason}")
     torch.manual_seed(0)
-    made = {name: o for name, o in optimizers(arguments.millions).items() if name in ("torch", *arguments.only)}
-    figures: dict[str, float | int | str] = {"parameters": arguments.millions << 20, "isa": torch.ops.lowprec_cpu.isa()}
-    for threads in arguments.threads:
+    made = optimizers(arguments)
+    parameter_count = sum(weight.numel() for weight in made["torch"].param_groups[0]["params"])
+    figures: dict[str, float | int | str] = {"parameters": parameter_count}
+    figures["isa"] = torch.cuda.get_device_name() if on_gpu else torch.ops.lowprec_cpu.isa()
+    for threads in arguments.threads[:1] if on_gpu else arguments.threads:
         torch.set_num_threads(threads)
-        seconds = fastest({name: optimizer.step for name, optimizer in made.items()}, arguments.repetitions)
+        steps = {name: optimizer.step for name, optimizer in made.items()}
+        seconds = fastest(steps, arguments.repetitions, arguments.device)
         if arguments.reference:
-            theirs = torchao_optimizers(arguments.millions)
-            seconds |= fastest({name: optimizer.step for name, optimizer in theirs.items()}, 1)
-        figures[f"torch_ms_threads{threads}"] = seconds["torch"] * 1e3
+            steps = {name: optimizer.step for name, optimizer in torchao_optimizers(arguments).items()}
+            seconds |= fastest(steps, 1, arguments.device)
+        label = "" if on_gpu else f"_threads{threads}"
+        figures[f"torch_ms{label}"] = seconds["torch"] * 1e3
         for name, value in seconds.items():
             if name != "torch":
-                figures[f"{name}_threads{threads}"] = value / seconds["torch"]
+                figures[f"{name}{label}"] = value / seconds["torch"]
     for name, optimizer in made.items():
-        figures[f"{name}_state_bytes"] = bytes_of_states(optimizer, arguments.millions << 20)
+        figures[f"{name}_state_bytes"] = bytes_of_states(optimizer, parameter_count)
     report(figures, arguments.json)
 
 

@@ -3,18 +3,17 @@
 Each figure is a multiple of the time of `Tensor.copy_` of the same BF16 matrix to a fresh tensor in the same process,
 from the fastest of many interleaved repetitions: a shared machine can only slow a repetition down. The plain names are
 operands (quantized and decoded to BF16, what a GEMM takes), `_pack` writes codes and scales (saved activations),
-`_unpack` reads them:
+`_unpack` reads them. With `--device cuda` the kernels are Triton's, and the matrix should be a large one:
 
     mxfp8_row, mxfp8_col, ...    nearest; the amax of blocks needs no pass of its own
     nvfp4_row                    nearest, tensor amax given; `_amax`: found first, one more pass
     nvfp4_col_full               the wgrad operand of a gradient: amax of the rotated columns, Hadamard 16, stochastic
 
-    python -m bench.quantize [--rows N] [--cols N] [--threads N] [--reference] [--json FILE|-]
+    python -m bench.quantize [--rows N] [--cols N] [--threads N] [--device cuda] [--reference] [--json FILE|-]
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.common import parser, report
+from bench.common import fastest, parser, report
 from lowprec import kernels, reference
 from lowprec.formats import QuantSpec, resolve_spec
+from lowprec.kernels import gpu
 from lowprec.philox import RandomKey
 from lowprec.quantized import Axis
 
@@ -52,30 +52,19 @@ CASES: dict[str, tuple[QuantSpec, Axis, bool]] = {
 }
 
 
-def fastest(variants: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Least seconds of each function, called in turns after one uncounted call each."""
-    best = dict.fromkeys(variants, float("inf"))
-    for repetition in range(repetitions + 1):
-        for name, function in variants.items():
-            start = time.perf_counter()
-            function()
-            if repetition:
-                best[name] = min(best[name], time.perf_counter() - start)
-    return best
-
-
 def kernel_variants(x: Tensor) -> dict[str, Callable[[], object]]:
     """Every case as operand, and packed and unpacked where a linear saves it so."""
     variants: dict[str, Callable[[], object]] = {}
+    fused: Any = gpu if x.is_cuda else kernels
     whole = x.abs().amax().float()
     for name, (spec, axis, given) in CASES.items():
         call = {"axis": axis, "key": _KEY, "amax": whole if given else None}
-        variants[name] = partial(kernels.operand, x, spec, **call)
+        variants[name] = partial(fused.operand, x, spec, **call)
         if name in ("mxfp8_row", "mxfp8_col", "nvfp4_row", "nvfp4_col", "nvfp4_col_full", "fp8_row_amax"):
-            variants[f"{name}_pack"] = partial(kernels.quantize, x, spec, **call)
-            variants[f"{name}_unpack"] = partial(kernels.unpack, kernels.quantize(x, spec, **call))
-    variants["amax"] = partial(kernels.amax, x)
-    variants["amax_rotated_col"] = partial(kernels.amax, x, CASES["nvfp4_col_full"][0], axis=0)
+            variants[f"{name}_pack"] = partial(fused.quantize, x, spec, **call)
+            variants[f"{name}_unpack"] = partial(fused.unpack, fused.quantize(x, spec, **call))
+    variants["amax"] = partial(fused.amax, x)
+    variants["amax_rotated_col"] = partial(fused.amax, x, CASES["nvfp4_col_full"][0], axis=0, key=_KEY)
     return variants
 
 
@@ -107,21 +96,24 @@ def main() -> None:
     options.add_argument("--rows", type=int, default=4096)
     options.add_argument("--cols", type=int, default=1024)
     options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options.add_argument("--repetitions", type=int, default=40)
     options.add_argument("--reference", action="store_true", help="also the plain path and torchao (slow)")
     arguments = options.parse_args()
-    if (reason := kernels.unavailable_because()) is not None:
+    on_gpu = arguments.device == "cuda"
+    if (reason := (gpu if on_gpu else kernels).unavailable_because()) is not None:
         raise SystemExit(f"the kernels are not available: {reason}")
     torch.set_num_threads(arguments.threads)
-    x = torch.randn(arguments.rows, arguments.cols, generator=torch.Generator().manual_seed(0)).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(arguments.rows, arguments.cols, generator=generator).bfloat16().to(arguments.device)
     # a fresh destination for each copy, as a quantizer has for its result
     copy: dict[str, Callable[[], object]] = {"copy": lambda: torch.empty_like(x).copy_(x)}
-    seconds = fastest(copy | kernel_variants(x), arguments.repetitions)
+    seconds = fastest(copy | kernel_variants(x), arguments.repetitions, x.device)
     figures: dict[str, float | int | str] = {"elements": x.numel(), "threads": arguments.threads}
-    figures["isa"] = torch.ops.lowprec_cpu.isa()
+    figures["isa"] = torch.cuda.get_device_name() if on_gpu else torch.ops.lowprec_cpu.isa()
     figures["copy_ms"] = seconds["copy"] * 1e3
     if arguments.reference:
-        seconds |= fastest(reference_variants(x) | torchao_variants(x), 3)
+        seconds |= fastest(reference_variants(x) | torchao_variants(x), 3, x.device)
     figures |= {name: value / seconds["copy"] for name, value in seconds.items() if name != "copy"}
     report(figures, arguments.json)
 

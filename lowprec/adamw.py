@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 Master = Literal["fp32", "fp16_scaled", "bf16", "none"]
 Rule = Literal["nearest", "stochastic", "kahan", "collage_light", "collage_plus"]
 FACTOR = "factor"
-_CHUNK = 1 << 15
+_CHUNK, _CHUNK_OF_GPU = 1 << 15, 1 << 24  # elements: a processor's cache holds them; a GPU wants few calls
 
 
 @dataclass(frozen=True)
@@ -182,12 +182,13 @@ class Update:
 
     @torch.no_grad()
     def write_working(self, tensors: Mapping[str, Tensor], working: Tensor) -> None:
-        """Round what the master holds into the working weights [count], a cache's worth at a time."""
+        """Round what the master holds into the working weights [count], a chunk at a time."""
         master, scale = tensors["weight"], tensors.get("weight.scale")
         if scale is None:
             working.copy_(master)
             return
-        for into, part in zip(working.split(_CHUNK), master.split(_CHUNK), strict=True):
+        chunk = _CHUNK if working.is_cpu else _CHUNK_OF_GPU
+        for into, part in zip(working.split(chunk), master.split(chunk), strict=True):
             into.copy_(part.float().mul_(scale))
 
     @torch.no_grad()

@@ -72,7 +72,8 @@ class Tally:
         return cls(torch.stack(sums))
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(self.sums + other.sums.to(self.sums.device))
+        where = self.sums.device if other.sums.is_cpu else other.sums.device  # on a GPU, so that none waits for it
+        return Tally(self.sums.to(where) + other.sums.to(where))
 
     @property
     def norm(self) -> float:

@@ -115,8 +115,8 @@ class Updater:
 
     @torch.no_grad()
     def set_weights(self, fragments: Sequence[Fragment], values: Callable[[Fragment], Tensor]) -> None:
-        """Set every master to `values(fragment)` (FP32 [count]). Collective over the group."""
-        wanted = {fragment.name: values(fragment) for fragment in fragments}
+        """Set every master to `values(fragment)` (FP32 [count], on any device). Collective over the group."""
+        wanted = {fragment.name: values(fragment).to(self.device) for fragment in fragments}
         codec = self.update.weight_codec
         shared = self._reduced(
             lambda: {f.name: codec.statistics(wanted[f.name], f.extent) for f in fragments},

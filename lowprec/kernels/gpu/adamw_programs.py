@@ -47,6 +47,7 @@ def rank1_scale(rows, columns, span):
 @triton.jit
 def decode(state, span, store: tl.constexpr, plan: tl.constexpr):
     """FP32 values of the span."""
+    e4m3: tl.constexpr = plan.e4m3
     _, at, _, mask, _ = span
     payload, scale, _, rows, columns, _, _, values, _ = state
     if store == "fp32":
@@ -56,7 +57,7 @@ def decode(state, span, store: tl.constexpr, plan: tl.constexpr):
     elif store == "fp16_scaled":
         value = tl.load(payload + at, mask=mask, other=0.0).to(tl.float32)
     elif store == "fp8_e4m3" or store == "fp8_e4m3_b256":
-        value = decoded(tl.load(payload + at, mask=mask, other=0).to(tl.int32), plan.e4m3)
+        value = decoded(tl.load(payload + at, mask=mask, other=0).to(tl.int32), e4m3)
     elif store == "dynamic8_b256":
         value = tl.load(values + tl.load(payload + at, mask=mask, other=0).to(tl.int32))
     else:
@@ -96,6 +97,8 @@ def nearest_code(ratio, limits, bits: tl.constexpr):
 @triton.jit
 def encode(x, state, span, count, store: tl.constexpr, plan: tl.constexpr):
     """Store FP32 x, rounded to nearest. Returns what is then held, for the stores that a weight can have."""
+    half: tl.constexpr = plan.half
+    e4m3: tl.constexpr = plan.e4m3
     start, at, _, mask, _ = span
     payload, scale, next_scale, _, _, next_rows, next_columns, _, limits = state
     if store == "fp32":
@@ -107,15 +110,15 @@ def encode(x, state, span, count, store: tl.constexpr, plan: tl.constexpr):
     elif store == "fp16_scaled":
         whole = tl.load(next_scale)
         ratio = x * tl.div_rn(1.0, whole)
-        number, exponent = counted(ratio, ratio, plan.half, "nearest")
-        value = value_of(number, exponent, ratio, plan.half)
+        number, exponent = counted(ratio, ratio, half, "nearest")
+        value = value_of(number, exponent, ratio, half)
         tl.store(payload + at, value.to(tl.float16), mask=mask)
         return value * whole
     elif store == "fp8_e4m3" or store == "fp8_e4m3_b256":
         scales = tl.load(next_scale) if store == "fp8_e4m3" else block_scales(x, scale, start, count, 256, True)
         ratio = x * tl.div_rn(1.0, scales)
-        number, exponent = counted(ratio, ratio, plan.e4m3, "nearest")
-        tl.store(payload + at, code_of(number, exponent, ratio, plan.e4m3).to(tl.uint8), mask=mask)
+        number, exponent = counted(ratio, ratio, e4m3, "nearest")
+        tl.store(payload + at, code_of(number, exponent, ratio, e4m3).to(tl.uint8), mask=mask)
         return x
     elif store == "dynamic8_b256":
         scales = block_scales(x, scale, start, count, 256, False)
@@ -219,12 +222,15 @@ def collage_moments(g, m, v, squares_low, span, numbers, plan: tl.constexpr):
 @triton.jit
 def load_all(grad, m_state, v_state, w_state, span, grad_scale, plan: tl.constexpr):
     """Gradient, moments and weight before the step, FP32."""
+    exp_avg: tl.constexpr = plan.exp_avg
+    exp_avg_sq: tl.constexpr = plan.exp_avg_sq
+    weight: tl.constexpr = plan.weight
     _, at, _, mask, _ = span
     g = tl.load(grad + at, mask=mask, other=0)
     g = (from_bf16(g) if plan.bf16_grad else g) * grad_scale
-    m = decode(m_state, span, plan.exp_avg, plan)
-    v = decode(v_state, span, plan.exp_avg_sq, plan)
-    return g, m, v, decode(w_state, span, plan.weight, plan)
+    m = decode(m_state, span, exp_avg, plan)
+    v = decode(v_state, span, exp_avg_sq, plan)
+    return g, m, v, decode(w_state, span, weight, plan)
 
 
 @triton.jit(do_not_specialize=_RAW)
@@ -246,6 +252,9 @@ def adamw_kernel(  # noqa: PLR0913
     plan: tl.constexpr,
 ):
     """One step, in place. low: Kahan's compensation, Collage's low part; tally: float64 [programs, 3], or None."""
+    exp_avg: tl.constexpr = plan.exp_avg
+    exp_avg_sq: tl.constexpr = plan.exp_avg_sq
+    weight: tl.constexpr = plan.weight
     zero = tl.full([], 0, tl.int64)  # the interpreter takes an integer's type from its value
     span = span_of(zero + tl.program_id(0), count, offset, width)
     at, mask = span[1], span[3]
@@ -258,7 +267,7 @@ def adamw_kernel(  # noqa: PLR0913
     else:
         m, v, next_w, wanted = moved(g, m, v, w, numbers)
     if plan.rule == "nearest":
-        after = encode(next_w, w_state, span, count, plan.weight, plan)
+        after = encode(next_w, w_state, span, count, weight, plan)
     elif plan.rule == "stochastic":
         written = stochastic_bf16(next_w, span[0], zero + key, zero + row, zero + step)
         tl.store(w_state[0] + at, written, mask=mask)
@@ -273,8 +282,8 @@ def adamw_kernel(  # noqa: PLR0913
             after, low_after = grow(w, old, bf16(wanted))
         tl.store(low + at, to_bf16(low_after), mask=mask)
         tl.store(w_state[0] + at, to_bf16(after), mask=mask)
-    encode(m, m_state, span, count, plan.exp_avg, plan)
-    encode(v, v_state, span, count, plan.exp_avg_sq, plan)
+    encode(m, m_state, span, count, exp_avg, plan)
+    encode(v, v_state, span, count, exp_avg_sq, plan)
     if tally is not None:
         applied = after.to(tl.float64) - before.to(tl.float64)
         if plan.rule == "kahan":
@@ -318,10 +327,13 @@ def maxima_kernel(  # noqa: PLR0913
     plan: tl.constexpr,
 ):
     """The first stage: the same numbers, of which only maxima are kept; founds: of the three states, zero before."""
+    exp_avg: tl.constexpr = plan.exp_avg
+    exp_avg_sq: tl.constexpr = plan.exp_avg_sq
+    weight: tl.constexpr = plan.weight
     zero = tl.full([], 0, tl.int64)
     span = span_of(zero + tl.program_id(0), count, offset, width)
     g, m, v, w = load_all(grad, m_state, v_state, w_state, span, numbers[0], plan)
     m, v, next_w, _ = moved(g, m, v, w, numbers)
-    raise_maxima(m, founds[0], span, count, offset, height, plan.exp_avg)
-    raise_maxima(v, founds[1], span, count, offset, height, plan.exp_avg_sq)
-    raise_maxima(next_w, founds[2], span, count, offset, height, plan.weight)
+    raise_maxima(m, founds[0], span, count, offset, height, exp_avg)
+    raise_maxima(v, founds[1], span, count, offset, height, exp_avg_sq)
+    raise_maxima(next_w, founds[2], span, count, offset, height, weight)

@@ -121,6 +121,7 @@ def decoded(code, form: tl.constexpr):
         value = tl.where(field == top, tl.where(fraction == 0, float("inf"), float("nan")), value)
     elif form.special == "nan":
         value = tl.where(size == (1 << (form.exponent + form.mantissa)) - 1, float("nan"), value)
-    if form.signed:
-        value = tl.where((code >> (form.bits - 1)) & 1 == 1, -value, value)
+    if form.signed:  # by its bit: Triton 3.6 takes -v for 0 - v, which is +0 of +0
+        negative = ((code >> (form.bits - 1)) & 1) << 31
+        value = (value.to(tl.int32, bitcast=True) | negative).to(tl.float32, bitcast=True)
     return value

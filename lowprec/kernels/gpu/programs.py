@@ -2,7 +2,8 @@
 
 One program reads its tile once and writes it once. Numbers for the whole tensor (amax, encode scale) are read through
 pointers, so that nothing waits for the host. All matrices are contiguous; `shape` is (rows, columns) of the input,
-`out` those after rotation, whose last group is padded with zeros.
+`out` those after rotation, whose last group is padded with zeros. What one function hands another at compile time is
+bound to a name of type constexpr first, unless it is a number: Triton 3.6 takes it only so.
 """
 
 from __future__ import annotations
@@ -144,6 +145,8 @@ def quantize_kernel(  # noqa: PLR0913
     whole:  pointers to FP32 scalars of the tensor: amax (read), encode scale (read, delayed scaling), the factor
             left to the GEMM (written), amax found in passing (written, its int32 bits); None where not used
     """
+    form: tl.constexpr = job.element
+    rounding: tl.constexpr = job.spec.rounding
     amax, scale, after, found = whole
     words = wide_words(key, row, place, signs, more_signs)
     start = tile_start(out[1], job)
@@ -168,15 +171,15 @@ def quantize_kernel(  # noqa: PLR0913
         scaled = scaled * 0.75
     if job.spec.two_level:
         scaled = tl.where(scaled == 0.0, 0.0, scaled)  # -0 becomes +0
-    drawn = noise(rows, start[1], words, job) if job.spec.rounding == "stochastic" else scaled
-    count, exponent = counted(scaled, drawn, job.element, job.spec.rounding)
+    drawn = noise(rows, start[1], words, job) if rounding == "stochastic" else scaled
+    count, exponent = counted(scaled, drawn, form, rounding)
     if scales is None:
-        result = value_of(count, exponent, scaled, job.element)
+        result = value_of(count, exponent, scaled, form)
         if not job.per_tensor:
             result = result * spread(decode, job)
         tl.store(target + offsets(rows, cols, out[1]), to_bf16(result) if job.bf16_out else result, mask=inside)
     else:
-        store_codes(target, code_of(count, exponent, scaled, job.element), start, out, job)
+        store_codes(target, code_of(count, exponent, scaled, form), start, out, job)
         if not job.per_tensor:
             store_scales(scales, raw, start, out, job)
 
@@ -184,6 +187,8 @@ def quantize_kernel(  # noqa: PLR0913
 @triton.jit
 def unpack_kernel(codes, scales, target, out, job: tl.constexpr):
     """Decode packed codes; `out` is (lines, length) in their own layout, whose blocks lie along the last axis."""
+    form: tl.constexpr = job.element
+    scale_form: tl.constexpr = job.scale
     start = tile_start(out[1], job)
     rows, cols = start[0] + tl.arange(0, job.tile_rows), start[1] + tl.arange(0, job.tile_cols)
     inside = within(rows, cols, out)
@@ -192,7 +197,7 @@ def unpack_kernel(codes, scales, target, out, job: tl.constexpr):
         code = (both >> ((cols % 2) * 4)[None, :]) & 15
     else:
         code = tl.load(codes + offsets(rows, cols, out[1]), mask=inside, other=0).to(tl.int32)
-    value = decoded(code, job.element)
+    value = decoded(code, form)
     if not job.per_tensor:
         wide = tl.cdiv(out[1], job.block_cols)
         place = offsets(rows // job.block_rows, cols // job.block_cols, wide)
@@ -200,7 +205,7 @@ def unpack_kernel(codes, scales, target, out, job: tl.constexpr):
         if job.spec.scale == "e8m0":
             value = value * power_of_code(raw.to(tl.int32))
         elif job.spec.scale == "e4m3" or job.spec.scale == "ue5m3":
-            value = value * decoded(raw.to(tl.int32), job.scale)
+            value = value * decoded(raw.to(tl.int32), scale_form)
         else:
             value = value * raw
     tl.store(target + offsets(rows, cols, out[1]), to_bf16(value) if job.bf16_out else value, mask=inside)

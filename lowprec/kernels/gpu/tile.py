@@ -91,8 +91,9 @@ def philox(c0, c1, c2, c3, k0, k1):
 @triton.jit
 def noise(rows, col, words, job: tl.constexpr):
     """FP32 random byte / 256 of every number of the tile of these rows whose first column is `col`."""
+    lines: tl.constexpr = job.tile_rows
     runs: tl.constexpr = job.tile_cols // 16
-    zero = tl.zeros([job.tile_rows, runs], tl.int64)
+    zero = tl.zeros([lines, runs], tl.int64)
     line = zero + (words[1] + rows.to(tl.int64))[:, None]
     run = zero + ((words[2] >> 32) + col // 16 + tl.arange(0, runs))[None, :]
     w0, w1, w2, w3 = philox(
@@ -104,7 +105,7 @@ def noise(rows, col, words, job: tl.constexpr):
         (zero + (words[0] >> 32)).to(tl.uint32),
     )
     # the last two axes of `four` are words 0 .. 3 in order: join counts its second argument by the last axis
-    four = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [job.tile_rows, runs, 4, 1])
+    four = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [lines, runs, 4, 1])
     shifts = (tl.arange(0, 4) * 8).to(tl.uint32)[None, None, None, :]
-    bytes16 = tl.reshape((four >> shifts) & 255, [job.tile_rows, job.tile_cols])
+    bytes16 = tl.reshape((four >> shifts) & 255, [lines, job.tile_cols])
     return bytes16.to(tl.float32) * 0.00390625
