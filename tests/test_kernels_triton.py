@@ -64,7 +64,8 @@ def test_more_interpreted(which: str) -> None:
 @has_triton
 @pytest.mark.gpu
 def test_on_a_gpu() -> None:
-    run_cases(interpreted=False)
+    """Compiling is most of it, about ten seconds a case, on every core at once."""
+    run_cases("-n", str(os.cpu_count()), interpreted=False)
 
 
 @pytest.mark.parametrize("installed", [pytest.param(True, marks=has_triton), False])

@@ -71,7 +71,7 @@ def test_a_layout_that_is_refused_says_why_and_others_are_suggested():
 
 
 def test_ranks_that_no_layout_divides():
-    with pytest.raises(UsageError, match="train.global_batch 16 is not divisible(.|\n)*no other layout of these ranks is valid"):
+    with pytest.raises(UsageError, match="batch 16 is not divisible(.|\n)*no other layout of these ranks is valid"):
         command.run(resolve("bf16_10m", FEW), Options(gpu="h100", nodes=7, json="-"))
 
 
