@@ -42,6 +42,7 @@ SIZES = 3
 SECONDS = 0.04  # for each size of each kind
 KEPT, MOST_KEPT = 1 << 26, 64  # bytes, and number, of an operation's last results that stay while it is measured
 DTYPES = {2: torch.bfloat16, 4: torch.float32, 8: torch.int64}
+MEETINGS = 50
 MESSAGES = (1 << 10, 1 << 18, 1 << 22)  # bytes
 ELEMENTS = 1 << 20  # of the optimizer's fragment
 
@@ -62,10 +63,11 @@ def measure_cpu(traced: Iterable[Units], optimizer: OptimizerConfig, group: dist
         cores = max(1, len(os.sched_getaffinity(0)) // threads)
         sharing = max(1.0, ranks / cores)  # what was measured by more ranks than cores is a share of a core's rate
         rates = {name: [(size, rate * sharing) for size, rate in pairs] for name, pairs in rates.items()}
-        launch, latency = _launch() / sharing, 0.0
+        launch, latency, waiting = _launch() / sharing, 0.0, 0.0
         if ranks > 1:
-            links, latency = _links(group)
+            links, latency = _links(group, time.perf_counter if sharing == 1.0 else time.process_time)
             rates |= links
+            waiting = _waiting(group, latency) if sharing == 1.0 else 0.0
     gemm = max((rate for name, pairs in rates.items() if name.startswith("gemm/") for _, rate in pairs), default=1e9)
     copy = max(rate for _, rate in rates["copy/4"])
     source = f"measured on {cpu_name()}, {threads} thread{'s' * (threads > 1)} a rank"
@@ -78,6 +80,7 @@ def measure_cpu(traced: Iterable[Units], optimizer: OptimizerConfig, group: dist
         intra=copy / 2,
         inter=copy / 2,
         latency=latency,
+        waiting=waiting,
         launch=launch,
         attained_gemm=1.0,
         attained_memory=1.0,
@@ -119,14 +122,14 @@ def _rate(op: Op) -> float:
 
 
 def seconds_of(run: Callable[[], object]) -> float:
-    """The median of the calls that fit into SECONDS, at least three after one that is not counted."""
+    """The mean, as a step has slow ones too, of the calls that fit into SECONDS, at least three after one."""
     run()
     found, end = [], time.perf_counter() + SECONDS
     while len(found) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
         run()
         found.append(time.perf_counter() - start)
-    return statistics.median(found)
+    return statistics.mean(found)
 
 
 def _values(*shape: int, width: int) -> Tensor:
@@ -229,8 +232,11 @@ def _launch() -> float:
     return seconds_of(lambda: ((x * x) * (x * x)).sum().backward()) / 12
 
 
-def _links(group: dist.ProcessGroup | None) -> tuple[Rates, float]:
-    """Bytes sent a second by kind of collective, and the latency of one. The same on all ranks: the slowest counts."""
+def _links(group: dist.ProcessGroup | None, clock: Callable[[], float]) -> tuple[Rates, float]:
+    """Bytes sent a second by kind of collective, and the latency of one. The same on all ranks: the slowest counts.
+
+    clock:  of the process where ranks share cores: while one waits, another computes
+    """
     n, rank = dist.get_world_size(group), dist.get_rank(group)
     found: Rates = {}
     latency = 0.0
@@ -254,7 +260,7 @@ def _links(group: dist.ProcessGroup | None) -> tuple[Rates, float]:
             "send": (pass_on, 1.0),
         }
         for kind, (run, share) in runs.items():
-            seconds = _slowest(_seconds_together(run, group), group)
+            seconds = _slowest(_seconds_together(run, group, clock), group)
             if nbytes == MESSAGES[0]:
                 latency = seconds if kind == "all_reduce" else latency
             else:
@@ -262,14 +268,31 @@ def _links(group: dist.ProcessGroup | None) -> tuple[Rates, float]:
     return found, latency
 
 
-def _seconds_together(run: Callable[[], object], group: dist.ProcessGroup | None, calls: int = 5) -> float:
+def _seconds_together(
+    run: Callable[[], object], group: dist.ProcessGroup | None, clock: Callable[[], float], calls: int = 5
+) -> float:
     found = []
     for _ in range(calls):
         dist.barrier(group)
-        start = time.perf_counter()
+        start = clock()
         run()
-        found.append(time.perf_counter() - start)
+        found.append(clock() - start)
     return sorted(found)[calls // 2]
+
+
+def _waiting(group: dist.ProcessGroup | None, latency: float) -> float:
+    """Seconds that ranks wait for each other for each second of work, if they meet every few milliseconds."""
+    x, met, worked = torch.randn(512, 512), torch.zeros(8), 0.0
+    dist.barrier(group)
+    begin = time.perf_counter()
+    for _ in range(MEETINGS):
+        start = time.perf_counter()
+        x.mm(x).add_(x.mm(x))
+        worked += time.perf_counter() - start
+        dist.all_reduce(met, group=group)
+    sums = torch.tensor([worked, time.perf_counter() - begin - MEETINGS * latency])
+    dist.all_reduce(sums, group=group)
+    return max(0.0, float(sums[1] / sums[0]) - 1.0)
 
 
 def _slowest(seconds: float, group: dist.ProcessGroup | None) -> float:
@@ -315,7 +338,7 @@ def together(machines: Sequence[Machine]) -> Machine:
         name: [(size, statistics.median(m.rates[name][i][1] for m in machines)) for i, (size, _) in enumerate(pairs)]
         for name, pairs in first.rates.items()
     }
-    numbers = ("bandwidth", "intra", "inter", "latency", "launch")
+    numbers = ("bandwidth", "intra", "inter", "latency", "waiting", "launch")
     medians = {name: statistics.median(getattr(m, name) for m in machines) for name in numbers}
     peaks = {name: statistics.median(m.peaks[name] for m in machines) for name in first.peaks}
     return replace(first, rates=rates, peaks=peaks, **medians)

@@ -41,6 +41,7 @@ class Machine:
     intra, inter: bytes/s that it sends within its node, and to other nodes
     domain:    devices that reach each other at `intra`; 0: those of a node
     latency:   seconds of one collective or message beside its bytes
+    waiting:   measured only: seconds that tensor-parallel ranks wait for each other for each second of work
     launch:    seconds of one operation beside what it computes
     attained_gemm, attained_memory: shares of peaks and of bandwidth that are counted on
     rates:     measured only: kinds of operations -> (bytes or FLOPs of one, bytes/s or FLOP/s) at some sizes
@@ -61,6 +62,7 @@ class Machine:
     inter: float = 50e9
     domain: int = 0
     latency: float = 1e-5
+    waiting: float = 0.0
     launch: float = 3e-6
     attained_gemm: float = 0.7
     attained_memory: float = 0.8

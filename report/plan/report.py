@@ -152,7 +152,9 @@ def _way_out(found: Found) -> str:
             f"none of {found.tried} layouts fits; take more or larger devices, or a smaller train.micro_batch or "
             "train.seq_len, or fewer bits (optimizer, gradients)"
         )
-    return "no other layout of these ranks is valid, either; change what is said above, or --nodes, or train.global_batch"
+    return (
+        "no other layout of these ranks is valid, either; change what is said above, or --nodes, or train.global_batch"
+    )
 
 
 def bytes_by_recomputation(report: Report) -> dict[str, tuple[int, int, bool]]:

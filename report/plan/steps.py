@@ -90,6 +90,8 @@ def _kinds(parts: Sequence[Unit], layout: Layout, pricing: Pricing) -> dict[str,
     for unit in parts:
         for name, seconds in pricing.by_kind(unit).items():
             found[name] = found.get(name, 0.0) + layout.micro_batches * seconds
+    if waiting := _waiting(layout, pricing) * sum(found.values()):
+        found["waiting for each other"] = waiting
     return dict(sorted(found.items(), key=lambda pair: -pair[1]))
 
 
@@ -99,8 +101,16 @@ def stage_times(parts: Sequence[Unit], layout: Layout, pricing: Pricing) -> Time
     elements = sum(p.count for unit in parts for p in unit.parameters)
     adding = elements * _accumulation_bytes(layout) * pricing.per_byte("pointwise/4", 12.0 * elements / len(parts))
     if found.backward_weight:
-        return Times(found.forward, found.backward_input, found.backward_weight + adding)
-    return Times(found.forward, found.backward_input + adding, 0.0)
+        found = Times(found.forward, found.backward_input, found.backward_weight + adding)
+    else:
+        found = Times(found.forward, found.backward_input + adding, 0.0)
+    longer = 1.0 + _waiting(layout, pricing)
+    return Times(longer * found.forward, longer * found.backward_input, longer * found.backward_weight)
+
+
+def _waiting(layout: Layout, pricing: Pricing) -> float:
+    """Seconds that a rank waits for others for each second of its own work, whose GEMMs tensor parallelism joins."""
+    return pricing.machine.waiting if layout.tp > 1 else 0.0
 
 
 def _accumulation_bytes(layout: Layout) -> float:
