@@ -1,10 +1,12 @@
 """What every process of tests shares.
 
 One CPU thread: the workers of pytest-xdist share the cores, and threads that wait spin. No deadline for an example of
-hypothesis: on a busy machine any of them may be slow.
+hypothesis: on a busy machine any of them may be slow. Interrupts are not ignored: a shell's background jobs ignore them,
+and so would runs that tests interrupt.
 """
 
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -12,6 +14,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 hypothesis.settings.register_profile("busy", deadline=None)
 hypothesis.settings.load_profile("busy")
 
