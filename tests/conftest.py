@@ -1,8 +1,8 @@
 """What every process of tests shares.
 
 One CPU thread: the workers of pytest-xdist share the cores, and threads that wait spin. No deadline for an example of
-hypothesis: on a busy machine any of them may be slow. Interrupts are not ignored: a shell's background jobs ignore them,
-and so would runs that tests interrupt.
+hypothesis: on a busy machine any of them may be slow. Interrupts are not ignored: background jobs of a shell do, and
+so would the runs that tests interrupt.
 """
 
 import os
