@@ -8,9 +8,9 @@ median of the steps after the first five.
     CASE_gib, CASE_step_ms      measured
     CASE_mfu                    measured, of the GPU's dense BF16 peak as the run knows it
 
-    python -m bench.plan_gpu --gpu h100 [--cases NAME ...] [--runs DIR [--only runs]] [--json FILE|-]
+    python -m bench.plan_gpu {--gpu h100 | --only runs} [--cases NAME ...] [--runs DIR] [--json FILE|-]
 
-`--runs` keeps the runs; what it holds already is not run again, so that plans can be made where no GPU is.
+`--runs` keeps the runs; those that it holds to their end are not run again, so that plans can be made where no GPU is.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ def trained(case: str, folder: Path) -> list[dict[str, float]]:
         if done.returncode:
             raise SystemExit(f"{case}: {' '.join(command)} ended with {done.returncode}\n{done.stderr[-3000:]}")
     records = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["kind"] == "step"]
+    steps = [record for record in records if record["kind"] == "step"]
+    if len(steps) != STEPS:
+        raise SystemExit(f"{case}: {where} holds {len(steps)} steps of {STEPS}; delete it to run it again")
+    return steps
 
 
 def planned(case: str, gpu: str) -> dict[str, float]:
@@ -87,11 +90,13 @@ def compare(case: str, options: argparse.Namespace, folder: Path) -> Figures:
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--gpu", required=True, help="name of the GPU for --plan")
+    made.add_argument("--gpu", help="name of the GPU for --plan; not with --only runs")
     made.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
     made.add_argument("--runs", type=Path, help="directory of the runs")
     made.add_argument("--only", choices=["runs"], help="measure, plan elsewhere")
     options = made.parse_args()
+    if (options.gpu is None) != (options.only == "runs"):
+        made.error("give either --gpu or --only runs")
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.runs or Path(temporary)
         found = {case: compare(case, options, folder.resolve()) for case in options.cases}

@@ -150,6 +150,17 @@ def test_a_pipeline_takes_what_its_simulation_takes():
     assert {t.what for t in plan.step.transfers} == {"hidden states", "gradients of hidden states"}
 
 
+@pytest.mark.parametrize(("tp", "longer"), [(1, 1.0), (2, 1.25)])
+def test_ranks_that_tensor_parallelism_joins_wait_for_each_other(tp, longer):
+    recipe = load("bf16_10m", (f"parallel.tp={tp}",), 2)
+    here, waits = (
+        Planner(recipe, replace(GPUS["h100"], waiting=share), 2).plan(recipe, 2).step for share in (0.0, 0.25)
+    )
+    assert waits.parts["micro-batches"] == pytest.approx(longer * here.parts["micro-batches"])
+    waiting = waits.kinds.get("waiting for each other", 0.0)
+    assert waiting == pytest.approx((longer - 1.0) * sum(here.kinds.values()))
+
+
 def test_mfu_above_its_peak_is_refused():
     peak = Peak(1e15, "somebody", guessed=True)
     assert Utilization.of(4e14, peak).value == pytest.approx(0.4)
