@@ -64,7 +64,7 @@ def kernel_variants(x: Tensor) -> dict[str, Callable[[], object]]:
             variants[f"{name}_pack"] = partial(fused.quantize, x, spec, **call)
             variants[f"{name}_unpack"] = partial(fused.unpack, fused.quantize(x, spec, **call))
     variants["amax"] = partial(fused.amax, x)
-    variants["amax_rotated_col"] = partial(fused.amax, x, CASES["nvfp4_col_full"][0], axis=0, key=_KEY)
+    variants["amax_rotated_col"] = partial(fused.amax, x, CASES["nvfp4_col_full"][0], axis=0)
     return variants
 
 

@@ -153,6 +153,7 @@ def test_amax(axis: Axis, size: int) -> None:
         assert_same(gpu.amax(x.to(DEVICE), spec, axis=axis).cpu(), truth)
     x = torch.full((3, 5), -2.0, device=DEVICE)
     assert gpu.amax(x).item() == 2.0
+    assert gpu.amax(x, resolve_spec("nvfp4", **STOCHASTIC)).item() == 2.0  # as on a CPU, without a key
 
 
 def test_what_is_not_supported() -> None:

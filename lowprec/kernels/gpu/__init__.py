@@ -81,10 +81,10 @@ def _sign_words(size: int, signs: Signs, key: RandomKey | None) -> tuple[int, in
 _constant_sign_words = cache(_sign_words)
 
 
-def _words(spec: QuantSpec, key: RandomKey | None) -> list[int]:
-    """The five words of gpu/tile.py."""
+def _words(spec: QuantSpec, key: RandomKey | None, rounds: bool = True) -> list[int]:
+    """The five words of gpu/tile.py; those of random bits are 0 where nothing is rounded."""
     drawn, signs = (0, 0, 0), (0, 0)
-    if spec.rounding == "stochastic":
+    if rounds and spec.rounding == "stochastic":
         assert key is not None, "stochastic rounding needs a key"
         k0, k1 = key.words()
         drawn = _signed(k1 << 32 | k0), key.row, _signed(key.column // 16 << 32 | key.step)
@@ -161,4 +161,4 @@ def unpack(packed: QuantizedTensor, dtype: torch.dtype = torch.bfloat16) -> Oper
 def amax(x: Tensor, spec: QuantSpec | None = None, *, axis: Axis = -1, key: RandomKey | None = None) -> Tensor:
     """FP32 scalar: the largest magnitude of x, or of what `spec` rotates x into. NaN if there is one."""
     spec = spec or _PLAIN
-    return torch.ops.lowprec_gpu.amax(x.contiguous(), _words(spec, key), _text(spec), axis)
+    return torch.ops.lowprec_gpu.amax(x.contiguous(), _words(spec, key, rounds=False), _text(spec), axis)
