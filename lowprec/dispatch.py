@@ -42,9 +42,9 @@ def path(spec: QuantSpec, axis: Axis, dtype: torch.dtype, device: str) -> str:
     return _WORDS[device]
 
 
-def _path(x: Tensor, spec: QuantSpec, axis: Axis, key: RandomKey) -> str:
+def _path(x: Tensor, spec: QuantSpec, axis: Axis, key: RandomKey | None) -> str:
     """`path` of a matrix; kernels draw random bits by 16 columns, and cannot begin within them."""
-    if spec.rounding == "stochastic" and key.column % 16:
+    if spec.rounding == "stochastic" and key is not None and key.column % 16:
         return PLAIN
     return path(spec, axis, x.dtype, x.device.type)
 
@@ -53,19 +53,24 @@ def operand(
     x: Tensor,
     spec: QuantSpec,
     axis: Axis,
-    key: RandomKey,
+    key: RandomKey | None,
     encode_scale: Tensor | None,
     dtype: torch.dtype,
     amax: Tensor | None = None,
 ) -> Operand:
-    """Quantize and decode a matrix for a GEMM, as `reference.operand`."""
+    """Quantize and decode a matrix for a GEMM, as `reference.operand`; key: where `spec.draws`."""
     if (word := _path(x, spec, axis, key)) != PLAIN:
         return _KERNELS[word].operand(x, spec, axis=axis, key=key, amax=amax, scale=encode_scale, dtype=dtype)
     return reference.operand(x, spec, axis=axis, seed=key, amax=amax, encode_scale=encode_scale, dtype=dtype)
 
 
 def quantize(
-    x: Tensor, spec: QuantSpec, axis: Axis, key: RandomKey, encode_scale: Tensor | None, amax: Tensor | None = None
+    x: Tensor,
+    spec: QuantSpec,
+    axis: Axis,
+    key: RandomKey | None,
+    encode_scale: Tensor | None,
+    amax: Tensor | None = None,
 ) -> QuantizedTensor:
     """Quantize a matrix into packed codes and scales, as `reference.quantize`."""
     if (word := _path(x, spec, axis, key)) != PLAIN:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -120,6 +120,7 @@ class LowPrecisionLinear(nn.Module):
         self.delayed: dict[str, DelayedScale] = {}
         self.ran: set[str] = set()  # its GEMMs that have run at least once
         self._copies: dict[str, Operand] = {}
+        self._receipts: dict[tuple[str, torch.dtype], tuple[str, str, str, str]] = {}
         self.use(slots)
 
     def use(self, slots: Slots) -> None:
@@ -137,6 +138,7 @@ class LowPrecisionLinear(nn.Module):
                         f"(hadamard {state.spec.hadamard}); give both slots the same format"
                     )
         self._copies.clear()
+        self._receipts.clear()
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, scheme={self.slots.scheme}"
@@ -167,9 +169,9 @@ class LowPrecisionLinear(nn.Module):
         spec, (kind, axis) = self.specs[slot], SLOT_AXES[slot]
         if spec is None:
             return Operand(matrix, None, None)
-        amax, scale = self._amax(slot, matrix, position), self._encode_scale(kind, spec)
+        amax, scale, dtype = self._amax(slot, matrix, position), self._encode_scale(kind, spec), self.decoded(spec)
         pieces = [
-            self.shared.kernels.operand(piece, spec, axis, key, scale, self.decoded(spec), amax)
+            self.shared.kernels.operand(piece, spec, axis, key, scale, dtype, amax)
             for piece, key in self._pieces(slot, matrix, position)
         ]
         found = pieces[0]
@@ -199,10 +201,12 @@ class LowPrecisionLinear(nn.Module):
         dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=place.group)
         return amax
 
-    def _pieces(self, slot: str, matrix: Tensor, position: StepContext) -> list[tuple[Tensor, RandomKey]]:
-        """The matrix and its key; in pieces where stochastic rounding needs the numbers of features in several runs."""
+    def _pieces(self, slot: str, matrix: Tensor, position: StepContext) -> Sequence[tuple[Tensor, RandomKey | None]]:
+        """The matrix and its key, if it needs one; in pieces where stochastic rounding needs the numbers of features in several runs."""
         spec, (kind, _), place = self.specs[slot], SLOT_AXES[slot], self.place
         assert spec is not None
+        if not spec.draws:
+            return [(matrix, None)]
         key = position.key(self.name, slot, tokens=kind != "w")
         if place is None or spec.rounding != "stochastic":
             return [(matrix, key)]
@@ -243,18 +247,17 @@ class LowPrecisionLinear(nn.Module):
             out = torch.promote_types(out, self.shared.wgrad_dtype)
         exact = left.dtype == right.dtype == torch.bfloat16
         dtype = self.shared.gemm_dtype if exact else torch.float32
-        self.count(gemm, str(dtype).removeprefix("torch."))
+        self.count(gemm, dtype)
         scalars = all(scale.ndim == 0 for scale in scales)
-        alpha = float(torch.stack(scales).prod()) if scales and scalars else 1.0
+        alpha = float(math.prod(scales[1:], start=scales[0])) if scales and scalars else 1.0
         if dtype == out == torch.bfloat16 and scalars:
             if not scales and bias is None:
                 return left @ right
             added, beta = (left.new_zeros(1), 0) if bias is None else (bias, 1)
             return torch.addmm(added, left, right, beta=beta, alpha=alpha)
         if scales and scalars:
-            product = torch.addmm(
-                left.new_zeros(1, dtype=torch.float32), left.float(), right.float(), beta=0, alpha=alpha
-            )
+            nothing = left.new_zeros(1, dtype=torch.float32)
+            product = torch.addmm(nothing, left.float(), right.float(), beta=0, alpha=alpha)
         else:
             product = left.float() @ right.float()
             for scale in scales:
@@ -263,14 +266,16 @@ class LowPrecisionLinear(nn.Module):
             product += bias
         return product.to(out)
 
-    def count(self, gemm: str, product: str) -> None:
+    def count(self, gemm: str, product: torch.dtype) -> None:
         """Note one GEMM for the receipt: its operands' elements, what quantized them, and the product's dtype."""
-        words, place = [], (self.weight.dtype, self.weight.device.type)
-        for side in ("a", "b"):
-            spec, axis = self.specs[f"{gemm}.{side}"], SLOT_AXES[f"{gemm}.{side}"][1]
-            path = "" if spec is None else self.shared.kernels.path(spec, axis, *place)
-            words.append("high" if spec is None else f"{spec.element} ({path})")
-        self.shared.counts[gemm, words[0], words[1], product] += 1
+        if (gemm, product) not in self._receipts:
+            words, place = [], (self.weight.dtype, self.weight.device.type)
+            for side in ("a", "b"):
+                spec, axis = self.specs[f"{gemm}.{side}"], SLOT_AXES[f"{gemm}.{side}"][1]
+                path = "" if spec is None else self.shared.kernels.path(spec, axis, *place)
+                words.append("high" if spec is None else f"{spec.element} ({path})")
+            self._receipts[gemm, product] = (gemm, words[0], words[1], str(product).removeprefix("torch."))
+        self.shared.counts[self._receipts[gemm, product]] += 1
         self.ran.add(gemm)
 
 
@@ -329,7 +334,7 @@ class _Linear(torch.autograd.Function):
         if layer.specs["wgrad.b"] is not None and shared.pack_saved:
             packed = layer.pack("wgrad.b", matrix, shared.position)
             # Tensors go through save_for_backward, so that activation recomputation can drop them.
-            ctx.packed = replace(packed, codes=torch.empty(0), scales=torch.empty(0), amax=None)
+            ctx.packed = (packed.spec, packed.axis, packed.shape)
             ctx.save_for_backward(packed.codes, packed.scales, packed.amax)
         else:
             ctx.save_for_backward(*layer.operand("wgrad.b", matrix, shared.position))
@@ -349,8 +354,8 @@ class _Linear(torch.autograd.Function):
             def weight_gradient() -> Tensor:
                 x = Operand(*saved)
                 if packed is not None:
-                    whole = replace(packed, codes=saved[0], scales=saved[1], amax=saved[2])
-                    x = layer.shared.kernels.decode(whole, layer.decoded(packed.spec), layer.weight.dtype)
+                    whole = QuantizedTensor(*saved, *packed)
+                    x = layer.shared.kernels.decode(whole, layer.decoded(whole.spec), layer.weight.dtype)
                 return layer.multiply("wgrad", layer.operand("wgrad.a", dy, position), x)
 
             if ctx.deferred is None:

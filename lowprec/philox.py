@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -30,6 +31,7 @@ _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 
 
+@cache
 def key_words(text: str) -> tuple[int, int]:
     """(k0, k1) of a key's text, "seed/tensor/slot"."""
     digest = hashlib.sha256(text.encode()).digest()

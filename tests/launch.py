@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import random
 import runpy
 import socket
 import subprocess
@@ -58,7 +60,7 @@ def train(
     script: Path = ROOT / "train.py",
     variables: Sequence[Mapping[str, str]] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end; output is captured. Raises TimeoutExpired.
+    """Run to the end; output is captured. A run that does not end fails with what it wrote.
 
     node_size: pretend that so many ranks are on a node; script: takes the command line instead of train.py; variables:
     of the environment, for each rank. Processes are forked from the server that has everything imported, unless the
@@ -80,10 +82,8 @@ def _served(
     argv: list[str], ranks: int, node_size: int, timeout: float, more: Sequence[Mapping[str, str]]
 ) -> subprocess.CompletedProcess[str]:
     """The highest exit code of all ranks, and their output one after the other."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])} if ranks > 1 else {}
-        free.close()
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())} if ranks > 1 else {}
         outputs = [(Path(folder, f"stdout{rank}"), Path(folder, f"stderr{rank}")) for rank in range(ranks)]
         processes = []
         for rank, files in enumerate(outputs):
@@ -94,14 +94,24 @@ def _served(
         end = time.monotonic() + timeout
         for process in processes:
             process.join(max(end - time.monotonic(), 0.1))
-        if any(process.exitcode is None for process in processes):
+        codes = [process.exitcode for process in processes]
+        if None in codes:
             for process in processes:
                 process.kill()
                 process.join()
-            raise subprocess.TimeoutExpired(argv, timeout)
         texts = ["".join(files[which].read_text() for files in outputs) for which in (0, 1)]
-        codes = [process.exitcode or 0 for process in processes]
+        assert None not in codes, f"{argv} after {timeout:.0f} s: exit codes {codes}\n" + "\n".join(texts)
         return subprocess.CompletedProcess(argv, max(codes, key=abs), *texts)
+
+
+def _free_port() -> int:
+    """One that the kernel does not hand out by itself (from 32768 on): connections of other tests take those any time,
+    also between this look and the moment when rank 0 listens."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _run_script(argv: list[str], variables: dict[str, str], stdout: Path, stderr: Path) -> None:

@@ -12,11 +12,12 @@ numbers: 2.1 ms against 0.7 + 0.8): the tile that the column scales need makes b
 from __future__ import annotations
 
 from functools import cache
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lowprec.formats import QuantSpec, Signs
+from lowprec.formats import QuantSpec
 from lowprec.hadamard import sign_vector
 from lowprec.kernels import build
 from lowprec.kernels.support import integers
@@ -81,29 +82,37 @@ def _register_fakes() -> None:
         torch.library.register_fake(f"lowprec_cpu::{function.__name__}", function)
 
 
+class _Call(NamedTuple):
+    """What follows from a spec, an axis and a use: found once, since a linear calls with few of them and often."""
+
+    integers: tuple[int, ...]
+    signs: Tensor | None  # those that are always the same
+    draws: bool
+    has_scale: bool
+    has_amax: bool
+
+    def drawn(self, spec: QuantSpec, key: RandomKey | None) -> tuple[Tensor | None, Tensor | None]:
+        """Signs, and the words of the random bits."""
+        signs = self.signs
+        if spec.hadamard and signs is None:
+            signs = _divided(sign_vector(spec.hadamard, spec.signs, key))
+        if spec.rounding != "stochastic":
+            return signs, None
+        assert key is not None, "stochastic rounding needs a key"
+        return signs, torch.tensor([*key.words(), key.step, key.row, key.column])
+
+
+def _divided(signs: Tensor) -> Tensor:
+    """By sqrt(size): the rotation multiplies by them first."""
+    return signs * signs.numel() ** -0.5
+
+
 @cache
-def _constant_signs(size: int, signs: Signs) -> Tensor:
-    return sign_vector(size, signs) * size**-0.5
-
-
-def _signs(spec: QuantSpec, key: RandomKey | None) -> Tensor | None:
-    """Signs divided by sqrt(size), as the rotation multiplies by them first."""
-    if not spec.hadamard:
-        return None
-    if spec.signs in ("run", "call"):
-        return sign_vector(spec.hadamard, spec.signs, key) * spec.hadamard**-0.5
-    return _constant_signs(spec.hadamard, spec.signs)
-
-
-def _random(spec: QuantSpec, key: RandomKey | None) -> Tensor | None:
-    if spec.rounding != "stochastic":
-        return None
-    assert key is not None, "stochastic rounding needs a key"
-    return torch.tensor([*key.words(), key.step, key.row, key.column])
-
-
-def _has_amax(spec: QuantSpec) -> bool:
-    return spec.two_level or spec.block == "tensor"
+def _call(spec: QuantSpec, axis: Axis, use: Literal["operand", "pack"]) -> _Call:
+    fixed = spec.hadamard and spec.signs not in ("run", "call")
+    signs = _divided(sign_vector(spec.hadamard, spec.signs)) if fixed else None
+    has_amax = spec.two_level or spec.block == "tensor"
+    return _Call(integers(spec, axis, use), signs, spec.draws, has_amax or spec.three_quarters, has_amax)
 
 
 def operand(
@@ -125,11 +134,12 @@ def operand(
     dtype:  of the values, bfloat16 or float32; UsageError if it cannot hold them
     """
     check_operand_dtype(spec, dtype)
-    values, after, found = torch.ops.lowprec_cpu.operand(
-        x.contiguous(), amax, scale, _signs(spec, key), _random(spec, key), integers(spec, axis, "operand"), dtype
+    call = _call(spec, axis, "operand")
+    signs, random = call.drawn(spec, key) if call.draws else (call.signs, None)
+    values, after, found = torch.ops.lowprec_cpu.operand.default(
+        x.contiguous(), amax, scale, signs, random, call.integers, dtype
     )
-    has_scale = _has_amax(spec) or spec.three_quarters
-    return Operand(values, after if has_scale else None, found if _has_amax(spec) else None)
+    return Operand(values, after if call.has_scale else None, found if call.has_amax else None)
 
 
 def quantize(
@@ -144,9 +154,9 @@ def quantize(
     """Quantize into packed codes and scales; equal to `reference.quantize`. Arguments as `operand`."""
     # square blocks need no columns: what they give along the rows is turned afterwards
     turn = axis == 0 and isinstance(spec.block, tuple) and spec.block[0] != 1
-    codes, scales, _, found = torch.ops.lowprec_cpu.pack(
-        x.contiguous(), amax, scale, _signs(spec, key), _random(spec, key), integers(spec, axis, "pack")
-    )
+    call = _call(spec, axis, "pack")
+    signs, random = call.drawn(spec, key) if call.draws else (call.signs, None)
+    codes, scales, _, found = torch.ops.lowprec_cpu.pack.default(x.contiguous(), amax, scale, signs, random, call.integers)
     rows, cols = x.shape
     if turn and spec.format.bits == 4:
         one_a_byte = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)[:, :cols].T
@@ -156,7 +166,7 @@ def quantize(
         codes = codes.T
     if turn:
         codes, scales = codes.contiguous(), scales.T.contiguous()
-    return QuantizedTensor(codes, scales, found if _has_amax(spec) else None, spec, axis, (rows, cols))
+    return QuantizedTensor(codes, scales, found if call.has_amax else None, spec, axis, (rows, cols))
 
 
 def unpack(packed: QuantizedTensor, dtype: torch.dtype = torch.bfloat16) -> Operand:
@@ -165,7 +175,9 @@ def unpack(packed: QuantizedTensor, dtype: torch.dtype = torch.bfloat16) -> Oper
     check_operand_dtype(spec, dtype)
     length = packed.shape[1] if axis == -1 else packed.shape[0]
     length += -length % max(spec.hadamard, 1)
-    values = torch.ops.lowprec_cpu.unpack(packed.codes, packed.scales, integers(spec, -1, "pack"), length, dtype)
+    values = torch.ops.lowprec_cpu.unpack.default(
+        packed.codes, packed.scales, integers(spec, -1, "pack"), length, dtype
+    )
     scale = None
     if in_epilogue(spec):
         scale = packed.scales.squeeze()
@@ -179,5 +191,7 @@ def unpack(packed: QuantizedTensor, dtype: torch.dtype = torch.bfloat16) -> Oper
 
 def amax(x: Tensor, spec: QuantSpec | None = None, *, axis: Axis = -1, key: RandomKey | None = None) -> Tensor:
     """FP32 scalar: the largest magnitude of x, or of what `spec` rotates x into. NaN if there is one."""
-    signs = _signs(spec, key) if spec is not None else None
+    signs = None
+    if spec is not None and spec.hadamard:
+        signs = _divided(sign_vector(spec.hadamard, spec.signs, key))
     return torch.ops.lowprec_cpu.amax(x.contiguous(), signs, axis)

@@ -29,8 +29,24 @@ static inline void transpose_16x16(const uint8_t* in, int64_t ld, uint8_t* out, 
 #endif
 }
 
+// `lines` lines of `count` bytes each, which were turned into lines of `ld`.
+template <int64_t kCount>
+static inline void copy_lines(uint8_t* out, int64_t stride, const uint8_t* turned, int64_t ld, int64_t lines, int64_t count) {
+  for (int64_t c = 0; c < lines; c++) __builtin_memcpy(out + c * stride, turned + c * ld, kCount ? kCount : count);
+}
+static inline void write_lines(uint8_t* out, int64_t stride, const uint8_t* turned, int64_t ld, int64_t lines, int64_t count) {
+  switch (count) {  // whole tiles of 8-bit and of 4-bit codes, and of scales of 16 and of 32 rows
+    case 128: return copy_lines<128>(out, stride, turned, ld, lines, count);
+    case 64: return copy_lines<64>(out, stride, turned, ld, lines, count);
+    case 8: return copy_lines<8>(out, stride, turned, ld, lines, count);
+    case 4: return copy_lines<4>(out, stride, turned, ld, lines, count);
+    default: return copy_lines<0>(out, stride, turned, ld, lines, count);
+  }
+}
+
 struct CodeTile {
   uint8_t codes[kTileRows * kTileCols];
+  int32_t scales[kTileRows / 16][kTileCols];  // codes of blocks' scales; a block has 16 rows or more
 
   // The first `rows` rows and `cols` columns go to (row, col) of the result, [cols, rows] in memory.
   void write(const Job& job, int64_t rows, int64_t cols, int64_t row, int64_t col) {
@@ -45,8 +61,22 @@ struct CodeTile {
     for (int64_t r = 0; r < count; r += 16)
       for (int64_t c = 0; c < kTileCols; c += 16)
         transpose_16x16(codes + r * kTileCols + c, kTileCols, turned + c * kTileRows + r, kTileRows);
-    uint8_t* out = (uint8_t*)job.out + col * stride + (pairs ? row / 2 : row);
-    for (int64_t c = 0; c < cols; c++) __builtin_memcpy(out + c * stride, turned + c * kTileRows, count);
+    write_lines((uint8_t*)job.out + col * stride + (pairs ? row / 2 : row), stride, turned, kTileRows, cols, count);
+  }
+
+  // As `write`. Scales of a column lie side by side: written block after block, two threads would contend for each line.
+  void write_scales(const Job& job, bool wide, int64_t rows, int64_t cols, int64_t row, int64_t col) const {
+    const int64_t count = (rows + job.block_rows - 1) / job.block_rows, first = col * job.scale_cols + row / job.block_rows;
+    if (wide) {
+      for (int64_t c = 0; c < cols; c++)
+        for (int64_t b = 0; b < count; b++) ((int32_t*)job.scales)[first + c * job.scale_cols + b] = scales[b][c];
+      return;
+    }
+    uint8_t narrow[16 * kTileCols] = {}, turned[kTileCols * 16];
+    for (int64_t b = 0; b < count; b++)
+      for (int64_t c = 0; c < kTileCols; c++) narrow[b * kTileCols + c] = (uint8_t)scales[b][c];
+    for (int64_t c = 0; c < kTileCols; c += 16) transpose_16x16(narrow + c, kTileCols, turned + c * 16, 16);
+    write_lines((uint8_t*)job.scales + first, job.scale_cols, turned, 16, cols, count);
   }
 };
 

@@ -2,7 +2,7 @@
 //
 // Lanes are columns, so maxima, scales and rotations need no shuffles. A strip of B rows is read twice from the
 // cache, once down the columns for the maxima, once along the rows for the result. Codes are wanted transposed:
-// a strip's codes are collected in a small tile, which is then turned and written in whole lines.
+// those of a strip and of its scales are collected in a small tile, which is then turned and written in whole lines.
 #pragma once
 
 namespace lowprec::LOWPREC_ISA {
@@ -18,6 +18,7 @@ struct Columns {
   int64_t strip;  // rows of an item of work
   int64_t chunk;  // columns of an item of work
   int64_t chunks;
+  CodeTile* tile = nullptr;  // where codes are wanted
 
   explicit Columns(const Job& given) : job(given), scaler(given), grid(given.element) {
     const bool codes = job.out_type == Type::kCode8 || job.out_type == Type::kCode4;
@@ -63,7 +64,7 @@ template <class In>
 static inline Care scale_columns(const Columns& plan, Rows<const In> x, int64_t rows, int64_t cols, int64_t row,
                                  int64_t col, bool stochastic, float* encodes, float* decodes) {
   const Scaler& scaler = plan.scaler;
-  const int64_t stride = plan.job.scale_cols;
+  const bool wants_codes = plan.job.scales && scaler.scale.rule != Rule::kGiven;
   Doubts doubts;
   for (int64_t pair = 0; pair < cols; pair += 2 * kLanes) {
     I amax[2];
@@ -72,13 +73,13 @@ static inline Care scale_columns(const Columns& plan, Rows<const In> x, int64_t 
     if (scaler.ignores_nan && !all((seen[0] <= kInfinity) & (seen[1] <= kInfinity)))
       amax_pair_without_nan(x, rows, pair, amax);
     for (int half = 0; half < 2; half++) {
-      const int64_t c = pair + half * kLanes, left = plan.job.cols - col - c;
+      const int64_t c = pair + half * kLanes;
       const BlockScale scale = scaler(amax[half]);
       store(encodes + c, scale.encode), store(decodes + c, scale.decode);
       scaler.doubt(doubts, seen[half], scale, stochastic);
-      if (plan.job.scales && scaler.scale.rule != Rule::kGiven && left > 0)
-        scaler.store_codes(plan.job.scales, (col + c) * stride + row / plan.job.block_rows, stride, scale.code,
-                           (int)least(left, kLanes));
+      if (wants_codes)
+        __builtin_memcpy(plan.tile->scales[row % plan.strip / plan.job.block_rows] + (col + c) % plan.chunk, &scale.code,
+                         sizeof scale.code);
     }
   }
   return doubts.care();
@@ -148,7 +149,7 @@ static void quantize_strip(const Columns& plan, Rows<const In> x, Rows<Out> out,
 template <bool kStochastic, class In, class Out>
 static void columns_range(const Job& job, int64_t begin, int64_t end) {
   constexpr int64_t unit = least(2 * kLanes, 16) == 16 ? 2 * kLanes : 16;  // a counter's random bytes are not divided
-  const Columns plan(job);
+  Columns plan(job);
   const Rows<const In> all_x{(const In*)job.x, bytes<In>(job.x_cols)};
   for (int64_t item = begin; item < end; item++) {
     const int64_t row = item / plan.chunks * plan.strip, col = item % plan.chunks * plan.chunk;
@@ -163,12 +164,14 @@ static void columns_range(const Job& job, int64_t begin, int64_t end) {
     }
     if constexpr (sizeof(Out) == 1) {
       CodeTile tile{};
+      plan.tile = &tile;
       const Rows<Code8> codes{(Code8*)tile.codes, kTileCols};
       if (whole) quantize_strip<kStochastic>(plan, x, codes, known, rows, whole, row, col);
       if (whole < width)
         quantize_strip<kStochastic>(plan, rest, Rows<Code8>{codes.data + whole, kTileCols}, known, rows, unit, row,
                                     col + whole);
       tile.write(job, rows, width, row, col);
+      if (job.scales && job.scale.rule != Rule::kGiven) tile.write_scales(job, plan.scaler.wide, rows, width, row, col);
     } else {
       const Rows<Out> out{(Out*)job.out + row * job.cols + col, bytes<Out>(job.cols)};
       if (whole) quantize_strip<kStochastic>(plan, x, out, known, rows, whole, row, col);

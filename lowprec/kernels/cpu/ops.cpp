@@ -147,7 +147,11 @@ float amax_of(Job job) {
   return std::bit_cast<float>(bits);
 }
 
-at::Tensor scalar(float value) { return at::full({}, value, at::kFloat); }
+at::Tensor scalar(float value) {
+  at::Tensor result = at::empty({}, at::kFloat);
+  *result.mutable_data_ptr<float>() = value;
+  return result;
+}
 
 float value_of(const at::Tensor& t, const char* name) {
   TORCH_CHECK(t.numel() == 1 && t.scalar_type() == at::kFloat, name, " must be one float32");

@@ -152,14 +152,14 @@ struct Scaler {
     doubts.fits &= stochastic ? largest <= splat(element.max) : largest < splat(saturates);
   }
 
-  void store_codes(void* scales, int64_t index, int64_t stride, I codes, int count) const {
+  void store_codes(void* scales, int64_t index, I codes, int count) const {
     int32_t each[kLanes];
     __builtin_memcpy(each, &codes, sizeof each);
     for (int i = 0; i < count; i++) {
       if (wide)
-        ((int32_t*)scales)[index + i * stride] = each[i];
+        ((int32_t*)scales)[index + i] = each[i];
       else
-        ((uint8_t*)scales)[index + i * stride] = (uint8_t)each[i];
+        ((uint8_t*)scales)[index + i] = (uint8_t)each[i];
     }
   }
 };

@@ -129,7 +129,7 @@ static inline Care scale_tiles(const Tiles& plan, Rows<const In> x, int64_t rows
     store(scales.encode + first, scale.encode), store(scales.decode + first, scale.decode);
     scaler.doubt(doubts, seen, scale, stochastic);
     if (job.scales && !given)
-      scaler.store_codes(job.scales, row / job.block_rows * job.scale_cols + col / C + first, 1, scale.code,
+      scaler.store_codes(job.scales, row / job.block_rows * job.scale_cols + col / C + first, scale.code,
                          (int)least(job.scale_cols - col / C - first, tiles));
   }
   return doubts.care();
