@@ -202,7 +202,7 @@ class LowPrecisionLinear(nn.Module):
         return amax
 
     def _pieces(self, slot: str, matrix: Tensor, position: StepContext) -> Sequence[tuple[Tensor, RandomKey | None]]:
-        """The matrix and its key, if it needs one; in pieces where stochastic rounding needs the numbers of features in several runs."""
+        """The matrix and its key, if it needs one; in pieces where random bits need the numbers of features in runs."""
         spec, (kind, _), place = self.specs[slot], SLOT_AXES[slot], self.place
         assert spec is not None
         if not spec.draws:

@@ -19,6 +19,7 @@ import platform
 import re
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -90,14 +91,22 @@ def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
 
 
 def faster_gemm(model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """`model_dtype`, but FP32 on a CPU without BF16 instructions, whose BF16 GEMMs are 3 to 70 times slower.
+    """`model_dtype`, but FP32 on a CPU whose BF16 GEMMs are slower than its FP32 ones.
 
-    Decided by what the processor can do, not by a measurement: the same machine always computes the same.
+    Without BF16 instructions they are 3 to 70 times slower, and nothing is measured. With them they are several times
+    faster, unless the library makes no use of them, which a measurement tells: less than a second, once a process.
+    Both are far from even, so the same machine always chooses, and computes, the same.
     """
     if device.type == "cuda" or model_dtype != torch.bfloat16:
         return model_dtype
     has_bf16 = any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
-    return torch.bfloat16 if has_bf16 else torch.float32
+    return torch.bfloat16 if has_bf16 and _bf16_gemm_is_faster() else torch.float32
+
+
+@cache
+def _bf16_gemm_is_faster() -> bool:
+    cpu = torch.device("cpu")
+    return measure_gemm(cpu, torch.bfloat16) > measure_gemm(cpu, torch.float32)
 
 
 def table_row(name: str) -> tuple[float, str] | None:

@@ -138,3 +138,19 @@ def test_git_state(tmp_path: Path) -> None:
     assert manifest.git_state(inner) is None  # somebody else's repository around a copy of ours
     (tmp_path / "a").write_text("2")
     assert manifest.git_state(tmp_path) == {**clean, "dirty": True}
+
+
+@pytest.mark.parametrize(
+    ("instructions", "bf16_rate", "chosen"),
+    [(False, 9e12, torch.float32), (True, 9e12, torch.bfloat16), (True, 1e11, torch.float32)],
+)
+def test_gemms_take_bf16_where_the_cpu_has_it_and_the_library_uses_it(monkeypatch, instructions, bf16_rate, chosen):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "avx512_bf16": instructions})
+    monkeypatch.setattr(flops, "measure_gemm", lambda _, dtype: bf16_rate if dtype == torch.bfloat16 else 1e12)
+    flops._bf16_gemm_is_faster.cache_clear()
+    try:
+        assert flops.faster_gemm(torch.bfloat16, torch.device("cpu")) == chosen
+        assert flops.faster_gemm(torch.float32, torch.device("cpu")) == torch.float32
+        assert flops.faster_gemm(torch.bfloat16, torch.device("cuda")) == torch.bfloat16
+    finally:
+        flops._bf16_gemm_is_faster.cache_clear()

@@ -87,13 +87,14 @@ class _Call(NamedTuple):
 
     integers: tuple[int, ...]
     signs: Tensor | None  # those that are always the same
-    draws: bool
     has_scale: bool
     has_amax: bool
 
     def drawn(self, spec: QuantSpec, key: RandomKey | None) -> tuple[Tensor | None, Tensor | None]:
         """Signs, and the words of the random bits."""
         signs = self.signs
+        if not spec.draws:
+            return signs, None
         if spec.hadamard and signs is None:
             signs = _divided(sign_vector(spec.hadamard, spec.signs, key))
         if spec.rounding != "stochastic":
@@ -112,7 +113,7 @@ def _call(spec: QuantSpec, axis: Axis, use: Literal["operand", "pack"]) -> _Call
     fixed = spec.hadamard and spec.signs not in ("run", "call")
     signs = _divided(sign_vector(spec.hadamard, spec.signs)) if fixed else None
     has_amax = spec.two_level or spec.block == "tensor"
-    return _Call(integers(spec, axis, use), signs, spec.draws, has_amax or spec.three_quarters, has_amax)
+    return _Call(integers(spec, axis, use), signs, has_amax or spec.three_quarters, has_amax)
 
 
 def operand(
@@ -135,7 +136,7 @@ def operand(
     """
     check_operand_dtype(spec, dtype)
     call = _call(spec, axis, "operand")
-    signs, random = call.drawn(spec, key) if call.draws else (call.signs, None)
+    signs, random = call.drawn(spec, key)
     values, after, found = torch.ops.lowprec_cpu.operand.default(
         x.contiguous(), amax, scale, signs, random, call.integers, dtype
     )
@@ -155,8 +156,10 @@ def quantize(
     # square blocks need no columns: what they give along the rows is turned afterwards
     turn = axis == 0 and isinstance(spec.block, tuple) and spec.block[0] != 1
     call = _call(spec, axis, "pack")
-    signs, random = call.drawn(spec, key) if call.draws else (call.signs, None)
-    codes, scales, _, found = torch.ops.lowprec_cpu.pack.default(x.contiguous(), amax, scale, signs, random, call.integers)
+    signs, random = call.drawn(spec, key)
+    codes, scales, _, found = torch.ops.lowprec_cpu.pack.default(
+        x.contiguous(), amax, scale, signs, random, call.integers
+    )
     rows, cols = x.shape
     if turn and spec.format.bits == 4:
         one_a_byte = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)[:, :cols].T

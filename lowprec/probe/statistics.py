@@ -37,7 +37,7 @@ class OperandSums:
     maxima: Tensor
 
     @classmethod
-    def of(cls, x: Tensor, packed: QuantizedTensor, found: Operand, key: RandomKey) -> OperandSums:
+    def of(cls, x: Tensor, packed: QuantizedTensor, found: Operand, key: RandomKey | None) -> OperandSums:
         """x: the matrix; packed: its codes and scales; found: `packed` decoded; key: of its rotation's signs."""
         spec, count = packed.spec, x.numel()
         if spec.hadamard:
