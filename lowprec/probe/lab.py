@@ -76,6 +76,7 @@ class Observed(LowPrecisionLinear):
 
     sample: Sample
     wanted: Wanted
+    packs: bool  # whether the run keeps inputs packed
 
     def __init__(self, linear: Any, name: str, shared: Shared, place: Place | None) -> None:
         super().__init__(linear, name, Slots(HIGH), shared, place)
@@ -122,7 +123,11 @@ class Observed(LowPrecisionLinear):
         pieces, sums = [], []
         for piece, key in self._pieces(slot, matrix, position):
             packed = dispatch.quantize(piece, spec, axis, key, scale, amax)
-            pieces.append(dispatch.decode(packed, self.decoded(spec), piece.dtype))
+            found = dispatch.decode(packed, self.decoded(spec), piece.dtype)
+            # In memory as in the run, whose GEMM adds in the same order then: packed inputs are decoded transposed.
+            if slot != "wgrad.b" or not self.packs:
+                found = found._replace(values=found.values.contiguous())
+            pieces.append(found)
             sums.append(OperandSums.of(piece, packed, pieces[-1], key))
         self.sample.specs[self.name, slot] = spec
         self.sample.operands[self.name, slot] = OperandSums(
@@ -204,6 +209,7 @@ class Lab:
         for name, module in found.items():
             place = places.get(name)
             observed = Observed(module, name, self._shared, place)
+            observed.packs = precision.shared.pack_saved
             self._plain[name] = LowPrecisionLinear(module, name, Slots(HIGH), self._shared, place)  # pyright: ignore[reportArgumentType]
             for each in (observed, self._plain[name]):
                 each.skip_bias = bool(getattr(module, "skip_bias", False))
