@@ -325,9 +325,13 @@ class _Linear(torch.autograd.Function):
         shared, matrix = layer.shared, x.reshape(-1, layer.in_features)
         ctx.layer, ctx.position, ctx.shape = layer, shared.position, x.shape
         ctx.deferred, ctx.has_bias = shared.deferred, bias is not None
-        a = layer.operand("fprop.a", matrix, shared.position, training=training)
-        b = layer.weight_operand("fprop.b")
-        y = layer.multiply("fprop", a, b, bias)
+        # No name holds an operand, which is freed with its GEMM, before the next one is made.
+        y = layer.multiply(
+            "fprop",
+            layer.operand("fprop.a", matrix, shared.position, training=training),
+            layer.weight_operand("fprop.b"),
+            bias,
+        )
         ctx.packed = None
         if not (training and weight.requires_grad):
             return y.view(*x.shape[:-1], layer.out_features)
@@ -346,8 +350,9 @@ class _Linear(torch.autograd.Function):
         dy = gradients[0].reshape(-1, layer.out_features)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            a, b = layer.operand("dgrad.a", dy, ctx.position), layer.weight_operand("dgrad.b")
-            dx = layer.multiply("dgrad", a, b).view(ctx.shape)
+            dx = layer.multiply(
+                "dgrad", layer.operand("dgrad.a", dy, ctx.position), layer.weight_operand("dgrad.b")
+            ).view(ctx.shape)
         if ctx.needs_input_grad[1]:
             saved, packed, position = ctx.saved_tensors, ctx.packed, ctx.position
 

@@ -242,8 +242,7 @@ def checked(
         )
     if axis not in (0, 1, -1):
         raise UsageError(f"axis is {axis}; use -1 (along rows) or 0 (along columns)")
-    draws = resolved.rounding == "stochastic" or resolved.hadamard and resolved.signs in ("run", "call")
-    if draws and seed is None:
+    if resolved.draws and seed is None:
         raise UsageError("stochastic rounding and random signs need a seed: pass seed=<int> or a RandomKey")
     if amax is not None and not resolved.takes_amax:
         raise UsageError(f"amax is given, but {resolved.scale} scales of block {resolved.block!r} take none")

@@ -83,7 +83,7 @@ def _register_fakes() -> None:
 
 
 class _Call(NamedTuple):
-    """What follows from a spec, an axis and a use: found once, since a linear calls with few of them and often."""
+    """What follows from a spec, an axis and a use, found once: linears call often, and between GEMMs Python is slow."""
 
     integers: tuple[int, ...]
     signs: Tensor | None  # those that are always the same
@@ -92,9 +92,9 @@ class _Call(NamedTuple):
 
     def drawn(self, spec: QuantSpec, key: RandomKey | None) -> tuple[Tensor | None, Tensor | None]:
         """Signs, and the words of the random bits."""
-        signs = self.signs
         if not spec.draws:
-            return signs, None
+            return self.signs, None
+        signs = self.signs
         if spec.hadamard and signs is None:
             signs = _divided(sign_vector(spec.hadamard, spec.signs, key))
         if spec.rounding != "stochastic":
