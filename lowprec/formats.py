@@ -31,7 +31,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cache, cached_property
+from functools import cache
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -162,22 +162,20 @@ class QuantSpec:
             object.__setattr__(self, "block", tuple(self.block))
         if found := self.problems():
             raise UsageError(f"cannot quantize to {self.element}: " + "; ".join(found))
+        # Found once: a linear looks up what belongs to its specs at each call. Dynamo does not take a cached_property.
+        object.__setattr__(self, "_hash", hash(tuple(getattr(self, field.name) for field in fields(self))))
 
-    @cached_property
-    def _hash(self) -> int:
-        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+    def __hash__(self) -> int:
+        return vars(self)["_hash"]
 
-    def __hash__(self) -> int:  # found once: a linear looks up what belongs to its specs at each call
-        return self._hash
-
-    def __getstate__(self) -> dict[str, Any]:  # another process hashes strings to other numbers
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+    def __reduce__(self) -> tuple[Any, ...]:  # made anew: another process hashes strings to other numbers
+        return QuantSpec, tuple(getattr(self, field.name) for field in fields(self))
 
     @property
     def format(self) -> ElementFormat:
         return element_format(self.element)
 
-    @cached_property
+    @property
     def draws(self) -> bool:
         """Whether the result depends on a random key."""
         return self.rounding == "stochastic" or self.hadamard > 0 and self.signs in ("run", "call")
@@ -194,7 +192,7 @@ class QuantSpec:
         """Whether one amax of the whole tensor (with row_amax: of each line) decides its scales."""
         return self.two_level or self.block == "tensor" and self.scale != "e8m0"
 
-    @cached_property
+    @property
     def exact_in_bf16(self) -> bool:
         """Whether element * block scale always fits BF16's 8 significant bits.
 

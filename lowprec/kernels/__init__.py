@@ -82,7 +82,7 @@ def _register_fakes() -> None:
         torch.library.register_fake(f"lowprec_cpu::{function.__name__}", function)
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """What follows from a spec, an axis and a use, found once: linears call often, and between GEMMs Python is slow."""
 
     integers: tuple[int, ...]
@@ -109,11 +109,11 @@ def _divided(signs: Tensor) -> Tensor:
 
 
 @cache
-def _call(spec: QuantSpec, axis: Axis, use: Literal["operand", "pack"]) -> _Call:
+def call_of(spec: QuantSpec, axis: Axis, use: Literal["operand", "pack"]) -> Call:
     fixed = spec.hadamard and spec.signs not in ("run", "call")
     signs = _divided(sign_vector(spec.hadamard, spec.signs)) if fixed else None
     has_amax = spec.two_level or spec.block == "tensor"
-    return _Call(integers(spec, axis, use), signs, has_amax or spec.three_quarters, has_amax)
+    return Call(integers(spec, axis, use), signs, has_amax or spec.three_quarters, has_amax)
 
 
 def operand(
@@ -135,7 +135,7 @@ def operand(
     dtype:  of the values, bfloat16 or float32; UsageError if it cannot hold them
     """
     check_operand_dtype(spec, dtype)
-    call = _call(spec, axis, "operand")
+    call = call_of(spec, axis, "operand")
     signs, random = call.drawn(spec, key)
     values, after, found = torch.ops.lowprec_cpu.operand.default(
         x.contiguous(), amax, scale, signs, random, call.integers, dtype
@@ -155,7 +155,7 @@ def quantize(
     """Quantize into packed codes and scales; equal to `reference.quantize`. Arguments as `operand`."""
     # square blocks need no columns: what they give along the rows is turned afterwards
     turn = axis == 0 and isinstance(spec.block, tuple) and spec.block[0] != 1
-    call = _call(spec, axis, "pack")
+    call = call_of(spec, axis, "pack")
     signs, random = call.drawn(spec, key)
     codes, scales, _, found = torch.ops.lowprec_cpu.pack.default(
         x.contiguous(), amax, scale, signs, random, call.integers
