@@ -31,7 +31,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -169,7 +169,7 @@ class QuantSpec:
         return vars(self)["_hash"]
 
     def __reduce__(self) -> tuple[Any, ...]:  # made anew: another process hashes strings to other numbers
-        return QuantSpec, tuple(getattr(self, field.name) for field in fields(self))
+        return partial(QuantSpec, **{field.name: getattr(self, field.name) for field in fields(self)}), ()
 
     @property
     def format(self) -> ElementFormat:

@@ -34,9 +34,7 @@ from errors import UsageError
 from lowprec import dispatch
 from lowprec.delayed import DelayedScale
 from lowprec.formats import QuantSpec
-from lowprec.kernels.linear import Quantizer, quantizer
-from lowprec.kernels.linear import backward as fused_backward
-from lowprec.kernels.linear import forward as fused_forward
+from lowprec.kernels import linear as fused
 from lowprec.philox import RandomKey, StepContext
 from lowprec.policy import Slots
 from lowprec.quantized import Operand, QuantizedTensor
@@ -96,7 +94,7 @@ class LowPrecisionLinear(nn.Module):
         self._copies: dict[str, Operand] = {}
         self._receipts: dict[tuple[str, torch.dtype], tuple[str, str, str, str]] = {}
         self._fusable: bool | None = None
-        self._quantizers: dict[str, Quantizer] = {}
+        self._quantizers: dict[str, fused.Quantizer] = {}
         self.use(slots)
 
     def use(self, slots: Slots) -> None:
@@ -272,13 +270,13 @@ class LowPrecisionLinear(nn.Module):
             and all(getattr(getattr(self, name), "__func__", None) is step for name, step in _STEPS.items())
         )
 
-    def _quantizer(self, slot: str, position: StepContext, *, packed: bool = False) -> Quantizer:
+    def _quantizer(self, slot: str, position: StepContext, *, packed: bool = False) -> fused.Quantizer:
         if slot in self._quantizers:
             return self._quantizers[slot]
         spec, (kind, axis) = self.specs[slot], SLOT_AXES[slot]
         assert spec is not None
         key = position.key(self.name, slot) if spec.draws else None
-        made = quantizer(spec, axis, key, self._encode_scale(kind, spec), self.decoded(spec), packed=packed)
+        made = fused.quantizer(spec, axis, key, self._encode_scale(kind, spec), self.decoded(spec), packed=packed)
         if not spec.draws and not spec.amax_history:  # else it is another one at the next position or step
             self._quantizers[slot] = made
         return made
@@ -289,7 +287,7 @@ class LowPrecisionLinear(nn.Module):
         """y and the packed input, as `operand`, `multiply` and `pack` would give them."""
         a, saved = self._quantizer("fprop.a", position), self._quantizer("wgrad.b", position, packed=True)
         w = self.weight_operand("fprop.b")
-        y, amax, packed = fused_forward(matrix, a, w, bias, saved, self.shared.gemm_dtype)
+        y, amax, packed = fused.forward(matrix, a, w, bias, saved, self.shared.gemm_dtype)
         self._record("x", a.spec, amax)
         self._record("x", saved.spec, packed.amax)
         self.count("fprop", self._product_dtype(a.dtype, w.values.dtype))
@@ -299,7 +297,7 @@ class LowPrecisionLinear(nn.Module):
         """dx and dw, as `operand` and `multiply` would give them."""
         a, b = self._quantizer("dgrad.a", position), self._quantizer("wgrad.a", position)
         w, x_dtype = self.weight_operand("dgrad.b"), self.decoded(packed.spec)
-        dx, dw, *amaxes = fused_backward(dy, a, w, b, packed, x_dtype, self.shared.gemm_dtype, self.wgrad_dtype)
+        dx, dw, *amaxes = fused.backward(dy, a, w, b, packed, x_dtype, self.shared.gemm_dtype, self.wgrad_dtype)
         for each, amax in zip((a, b), amaxes, strict=True):
             self._record("dy", each.spec, amax)
         self.count("dgrad", self._product_dtype(a.dtype, w.values.dtype))
