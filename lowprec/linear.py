@@ -34,11 +34,39 @@ from errors import UsageError
 from lowprec import dispatch
 from lowprec.delayed import DelayedScale
 from lowprec.formats import QuantSpec
-from lowprec.kernels import linear as fused
 from lowprec.philox import RandomKey, StepContext
-from lowprec.policy import Slots
-from lowprec.quantized import Operand, QuantizedTensor
-from lowprec.slots import SLOT_AXES, Place, specs_of
+from lowprec.policy import GEMMS, Slots
+from lowprec.quantized import Axis, Operand, QuantizedTensor, block_of
+
+# slot -> (which matrix, the axis that its GEMM reduces)
+SLOT_AXES: dict[str, tuple[str, Axis]] = {
+    "fprop.a": ("x", -1),
+    "fprop.b": ("w", -1),
+    "dgrad.a": ("dy", -1),
+    "dgrad.b": ("w", 0),
+    "wgrad.a": ("dy", 0),
+    "wgrad.b": ("x", 0),
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which part of the logical linear this rank has.
+
+    outputs: the output features, rows of w and columns of dy, as runs of the logical ones: (first, count)
+    inputs:  the input features, columns of x and w: (first, count)
+    split:   the matrices of which other ranks have other parts: "x", "w", "dy"
+    group:   those ranks
+    """
+
+    outputs: tuple[tuple[int, int], ...]
+    inputs: tuple[int, int]
+    split: frozenset[str]
+    group: dist.ProcessGroup | None
+
+    def columns(self, kind: str) -> tuple[tuple[int, int], ...]:
+        """Runs of logical columns that the matrix `kind` has here."""
+        return self.outputs if kind == "dy" else (self.inputs,)
 
 
 class Quantizers(Protocol):
@@ -93,8 +121,6 @@ class LowPrecisionLinear(nn.Module):
         self.ran: set[str] = set()  # its GEMMs that have run at least once
         self._copies: dict[str, Operand] = {}
         self._receipts: dict[tuple[str, torch.dtype], tuple[str, str, str, str]] = {}
-        self._fusable: bool | None = None
-        self._quantizers: dict[str, fused.Quantizer] = {}
         self.use(slots)
 
     def use(self, slots: Slots) -> None:
@@ -113,8 +139,6 @@ class LowPrecisionLinear(nn.Module):
                     )
         self._copies.clear()
         self._receipts.clear()
-        self._fusable = None
-        self._quantizers.clear()
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, scheme={self.slots.scheme}"
@@ -218,8 +242,11 @@ class LowPrecisionLinear(nn.Module):
             for scale, turned in ((a.scale, gemm == "wgrad"), (b.scale, gemm == "fprop"))
             if scale is not None
         ]
-        out = self.wgrad_dtype if gemm == "wgrad" else self.weight.dtype
-        dtype = self._product_dtype(left.dtype, right.dtype)
+        out = self.weight.dtype
+        if gemm == "wgrad":  # never rounded to less than an FP32 weight has
+            out = torch.promote_types(out, self.shared.wgrad_dtype)
+        exact = left.dtype == right.dtype == torch.bfloat16
+        dtype = self.shared.gemm_dtype if exact else torch.float32
         self.count(gemm, dtype)
         scalars = all(scale.ndim == 0 for scale in scales)
         alpha = float(math.prod(scales[1:], start=scales[0])) if scales and scalars else 1.0
@@ -238,71 +265,6 @@ class LowPrecisionLinear(nn.Module):
         if bias is not None:
             product += bias
         return product.to(out)
-
-    @property
-    def wgrad_dtype(self) -> torch.dtype:
-        """Of a weight gradient as it leaves its GEMM: never rounded to less than an FP32 weight has."""
-        return torch.promote_types(self.weight.dtype, self.shared.wgrad_dtype)
-
-    def _product_dtype(self, left: torch.dtype, right: torch.dtype) -> torch.dtype:
-        return self.shared.gemm_dtype if left == right == torch.bfloat16 else torch.float32
-
-    def fuses(self, matrix: Tensor) -> bool:
-        """Whether the GEMMs of this input run with their quantizers in one operator each way (kernels/linear.py).
-
-        Not where another policy for memory or order asks for steps, and not where somebody watches or changes a step.
-        """
-        if self._fusable is None:
-            weight, turned = self.weight, self.specs["wgrad.b"]
-            paths = {
-                spec and dispatch.path(spec, SLOT_AXES[slot][1], weight.dtype, weight.device.type)
-                for slot, spec in self.specs.items()
-            }
-            whole = turned is None or isinstance(turned.block, str) or turned.block[0] == 1
-            self._fusable = paths == {dispatch.FUSED} and weight.device.type == "cpu" and self.place is None and whole
-        shared = self.shared
-        return (
-            self._fusable
-            and matrix.dtype == self.weight.dtype
-            and shared.quantizers is None
-            and shared.deferred is None
-            and shared.pack_saved
-            and all(getattr(getattr(self, name), "__func__", None) is step for name, step in _STEPS.items())
-        )
-
-    def _quantizer(self, slot: str, position: StepContext, *, packed: bool = False) -> fused.Quantizer:
-        if slot in self._quantizers:
-            return self._quantizers[slot]
-        spec, (kind, axis) = self.specs[slot], SLOT_AXES[slot]
-        assert spec is not None
-        key = position.key(self.name, slot) if spec.draws else None
-        made = fused.quantizer(spec, axis, key, self._encode_scale(kind, spec), self.decoded(spec), packed=packed)
-        if not spec.draws and not spec.amax_history:  # else it is another one at the next position or step
-            self._quantizers[slot] = made
-        return made
-
-    def fused_forward(
-        self, matrix: Tensor, bias: Tensor | None, position: StepContext
-    ) -> tuple[Tensor, QuantizedTensor]:
-        """y and the packed input, as `operand`, `multiply` and `pack` would give them."""
-        a, saved = self._quantizer("fprop.a", position), self._quantizer("wgrad.b", position, packed=True)
-        w = self.weight_operand("fprop.b")
-        y, amax, packed = fused.forward(matrix, a, w, bias, saved, self.shared.gemm_dtype)
-        self._record("x", a.spec, amax)
-        self._record("x", saved.spec, packed.amax)
-        self.count("fprop", self._product_dtype(a.dtype, w.values.dtype))
-        return y, packed
-
-    def fused_backward(self, dy: Tensor, packed: QuantizedTensor, position: StepContext) -> tuple[Tensor, Tensor]:
-        """dx and dw, as `operand` and `multiply` would give them."""
-        a, b = self._quantizer("dgrad.a", position), self._quantizer("wgrad.a", position)
-        w, x_dtype = self.weight_operand("dgrad.b"), self.decoded(packed.spec)
-        dx, dw, *amaxes = fused.backward(dy, a, w, b, packed, x_dtype, self.shared.gemm_dtype, self.wgrad_dtype)
-        for each, amax in zip((a, b), amaxes, strict=True):
-            self._record("dy", each.spec, amax)
-        self.count("dgrad", self._product_dtype(a.dtype, w.values.dtype))
-        self.count("wgrad", self._product_dtype(b.dtype, x_dtype))
-        return dx, dw
 
     def count(self, gemm: str, product: torch.dtype) -> None:
         """Note one GEMM for the receipt: its operands' elements, what quantized them, and the product's dtype."""
@@ -325,8 +287,34 @@ def same_both_ways(specs: Mapping[str, QuantSpec | None]) -> bool:
     return one.block == "tensor" or isinstance(one.block, tuple) and one.block[0] == one.block[1]
 
 
-# What `fuses` stands for; a subclass, a watch or a test that puts another in its place gets every call of it.
-_STEPS = {name: vars(LowPrecisionLinear)[name] for name in ("operand", "pack", "multiply")}
+def specs_of(slots: Slots) -> dict[str, QuantSpec | None]:
+    """Slot -> what it quantizes to; None: nothing."""
+    return {f"{gemm}.{side}": getattr(getattr(slots, gemm), side) for gemm in GEMMS for side in ("a", "b")}
+
+
+def place_problems(slots: Slots, place: Place) -> list[str]:
+    """What of a linear's quantization would differ from that of the whole matrix; empty if nothing would."""
+    found, specs = [], specs_of(slots)
+    for slot, (kind, axis) in SLOT_AXES.items():
+        spec = specs[slot]
+        if spec is None or kind not in place.split:
+            continue
+        along_features = kind == "w" or axis == -1
+        if spec.row_amax or along_features and (spec.block == "row" or spec.block == "tensor" and not spec.takes_amax):
+            found.append(f"{slot} has scales of whole lines, of which each rank has a part; set tp to 1")
+            continue
+        down, across = block_of(spec, axis, 1, 1)
+        runs = {1: place.columns(kind), 0: place.outputs if kind == "w" else ()}
+        unit = {0: down, 1: across}
+        unit[axis % 2] = math.lcm(unit[axis % 2], spec.hadamard or 1)
+        for dimension, parts in runs.items():
+            if cut := [n for run in parts for n in run if n % unit[dimension]]:
+                found.append(
+                    f"{slot} has blocks of {unit[dimension]} features, but a rank's part begins or ends "
+                    f"at {cut[0]}; choose a smaller parallel.tp, or sizes that divide"
+                )
+                break
+    return found
 
 
 class _Linear(torch.autograd.Function):
@@ -337,12 +325,6 @@ class _Linear(torch.autograd.Function):
         shared, matrix = layer.shared, x.reshape(-1, layer.in_features)
         ctx.layer, ctx.position, ctx.shape = layer, shared.position, x.shape
         ctx.deferred, ctx.has_bias = shared.deferred, bias is not None
-        ctx.packed = None
-        trains = training and weight.requires_grad
-        if trains and layer.fuses(matrix):
-            y, packed = layer.fused_forward(matrix, bias, shared.position)
-            _save(ctx, packed)
-            return y.view(*x.shape[:-1], layer.out_features)
         # No name holds an operand, which is freed with its GEMM, before the next one is made.
         y = layer.multiply(
             "fprop",
@@ -350,9 +332,15 @@ class _Linear(torch.autograd.Function):
             layer.weight_operand("fprop.b"),
             bias,
         )
-        if trains and layer.specs["wgrad.b"] is not None and shared.pack_saved:
-            _save(ctx, layer.pack("wgrad.b", matrix, shared.position))
-        elif trains:
+        ctx.packed = None
+        if not (training and weight.requires_grad):
+            return y.view(*x.shape[:-1], layer.out_features)
+        if layer.specs["wgrad.b"] is not None and shared.pack_saved:
+            packed = layer.pack("wgrad.b", matrix, shared.position)
+            # Tensors go through save_for_backward, so that activation recomputation can drop them.
+            ctx.packed = (packed.spec, packed.axis, packed.shape)
+            ctx.save_for_backward(packed.codes, packed.scales, packed.amax)
+        else:
             ctx.save_for_backward(*layer.operand("wgrad.b", matrix, shared.position))
         return y.view(*x.shape[:-1], layer.out_features)
 
@@ -361,40 +349,24 @@ class _Linear(torch.autograd.Function):
         layer: LowPrecisionLinear = ctx.layer
         dy = gradients[0].reshape(-1, layer.out_features)
         dx = dw = db = None
-        needs_dx, needs_dw = ctx.needs_input_grad[:2]
-        if needs_dx and needs_dw and ctx.packed is not None and ctx.deferred is None and layer.fuses(dy):
-            dx, dw = layer.fused_backward(dy, QuantizedTensor(*ctx.saved_tensors, *ctx.packed), ctx.position)
-            dx = dx.view(ctx.shape)
-        else:
-            if needs_dx:
-                dx = layer.multiply(
-                    "dgrad", layer.operand("dgrad.a", dy, ctx.position), layer.weight_operand("dgrad.b")
-                ).view(ctx.shape)
-            if needs_dw:
-                dw = _weight_gradient(ctx, layer, dy)
+        if ctx.needs_input_grad[0]:
+            dx = layer.multiply(
+                "dgrad", layer.operand("dgrad.a", dy, ctx.position), layer.weight_operand("dgrad.b")
+            ).view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            saved, packed, position = ctx.saved_tensors, ctx.packed, ctx.position
+
+            def weight_gradient() -> Tensor:
+                x = Operand(*saved)
+                if packed is not None:
+                    whole = QuantizedTensor(*saved, *packed)
+                    x = layer.shared.kernels.decode(whole, layer.decoded(whole.spec), layer.weight.dtype)
+                return layer.multiply("wgrad", layer.operand("wgrad.a", dy, position), x)
+
+            if ctx.deferred is None:
+                dw = weight_gradient()
+            else:
+                ctx.deferred.append((layer.weight, weight_gradient))
         if ctx.has_bias and ctx.needs_input_grad[2]:
             db = dy.sum(0, dtype=torch.float32)
         return dx, dw, db, None, None
-
-
-def _save(ctx, packed: QuantizedTensor) -> None:  # noqa: ANN001
-    # Tensors go through save_for_backward, so that activation recomputation can drop them.
-    ctx.packed = (packed.spec, packed.axis, packed.shape)
-    ctx.save_for_backward(packed.codes, packed.scales, packed.amax)
-
-
-def _weight_gradient(ctx, layer: LowPrecisionLinear, dy: Tensor) -> Tensor | None:  # noqa: ANN001
-    """The weight's gradient, or None where a split backward's queue got it."""
-    saved, packed, position = ctx.saved_tensors, ctx.packed, ctx.position
-
-    def gradient() -> Tensor:
-        x = Operand(*saved)
-        if packed is not None:
-            whole = QuantizedTensor(*saved, *packed)
-            x = layer.shared.kernels.decode(whole, layer.decoded(whole.spec), layer.weight.dtype)
-        return layer.multiply("wgrad", layer.operand("wgrad.a", dy, position), x)
-
-    if ctx.deferred is None:
-        return gradient()
-    ctx.deferred.append((layer.weight, gradient))
-    return None

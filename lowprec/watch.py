@@ -26,10 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.joints import Computes, Passed
-from lowprec.linear import LowPrecisionLinear, Shared
+from lowprec.linear import SLOT_AXES, LowPrecisionLinear, Shared
 from lowprec.philox import StepContext
 from lowprec.quantized import Operand
-from lowprec.slots import SLOT_AXES
 
 
 @dataclass(frozen=True, order=True)

@@ -29,12 +29,11 @@ from errors import UsageError
 from lowprec import dispatch
 from lowprec.apply import Precision, refuse_misfits
 from lowprec.formats import QuantSpec
-from lowprec.linear import LowPrecisionLinear, Shared
+from lowprec.linear import SLOT_AXES, LowPrecisionLinear, Place, Shared
 from lowprec.philox import StepContext
 from lowprec.policy import GEMMS, HIGH, Slots
 from lowprec.probe.statistics import OperandSums, TensorSums, blockwise_range
 from lowprec.quantized import Operand
-from lowprec.slots import SLOT_AXES, Place
 
 LINES = 64
 # tensor of Transformer Engine's features -> the slot, or the GEMM, where it is seen

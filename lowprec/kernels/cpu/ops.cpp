@@ -22,7 +22,6 @@
 #include <vector>
 
 #include "job.h"
-#include "ops.h"
 
 namespace lowprec {
 
@@ -93,6 +92,8 @@ Type type_of(at::ScalarType dtype) {
 
 int64_t round_up(int64_t n, int64_t to) { return to ? (n + to - 1) / to * to : n; }
 
+using MaybeTensor = std::optional<at::Tensor>;
+
 Job job_of(const at::Tensor& x, const Spec& spec, const MaybeTensor& signs, const MaybeTensor& random) {
   TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.numel() > 0, "x must be a contiguous matrix that is not empty");
   Job job{};
@@ -132,18 +133,6 @@ void run(const Job& job) {
   at::parallel_for(0, items, grain(job, items), [&](int64_t begin, int64_t end) { kernels.quantize(job, begin, end); });
 }
 
-// Two jobs on one matrix: each 128 rows of it are read by both while they are in the cache.
-void run_both(const Job& one, const Job& other) {
-  const Kernels& kernels = *chosen().load();
-  const int64_t parts = (one.x_rows + 127) / 128, ones = kernels.items(one), others = kernels.items(other);
-  at::parallel_for(0, parts, grain(one, parts), [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; part++) {
-      kernels.quantize(one, ones * part / parts, ones * (part + 1) / parts);
-      kernels.quantize(other, others * part / parts, others * (part + 1) / parts);
-    }
-  });
-}
-
 float amax_of(Job job) {
   const Kernels& kernels = *chosen().load();
   if (!job.hadamard) job.columns = false;
@@ -156,6 +145,12 @@ float amax_of(Job job) {
       [&](int64_t begin, int64_t end, int32_t most) { return std::max(most, kernels.amax(job, begin, end)); },
       [](int32_t a, int32_t b) { return std::max(a, b); });
   return std::bit_cast<float>(bits);
+}
+
+at::Tensor scalar(float value) {
+  at::Tensor result = at::empty({}, at::kFloat);
+  *result.mutable_data_ptr<float>() = value;
+  return result;
 }
 
 float value_of(const at::Tensor& t, const char* name) {
@@ -171,117 +166,75 @@ float encode_scale(float amax, const Job& job, bool pow2) {
   return amax == 0 ? 1.0f : scale;
 }
 
-float range_of(const Spec& spec) { return as_float(spec.scale_max_bits) * as_float(spec.max_bits); }
-
-// A quantization whose job is complete: tensor amax and tensor scale are found, where the format has them.
-struct Work {
-  Job job{};
-  at::Tensor out, scales;
-  TensorScale found;
-  int32_t seen = 0;  // bits of the amax, where the job finds it in passing
-
-  Work() = default;
-  Work(const Work&) = delete;  // the job may point here
-
-  void find_scale(const Spec& spec, const Inputs& inputs) {
-    const auto tensor_amax = [&] { return inputs.amax ? value_of(*inputs.amax, "amax") : amax_of(job); };
-    if (job.scale.rule == Rule::kTwoLevel) {
-      found.amax = tensor_amax();
-      const float range = range_of(spec);
-      float encode = range / found.amax;
-      if (encode > std::numeric_limits<float>::max()) encode = std::numeric_limits<float>::max();
-      if (encode == 0) encode = 1;
-      job.scale.encode = encode * (1.0f / job.scale.element_max);
-      job.scale.decode = 1.0f / encode;
-      found.after = found.amax / range;
-    } else if (job.scale.rule == Rule::kGiven) {
-      // delayed scaling: one pass does both
-      if (inputs.scale && !inputs.amax && !job.columns && !job.hadamard)
-        job.amax_seen = &seen;
-      else
-        found.amax = tensor_amax();
-      job.scale.encode = inputs.scale ? value_of(*inputs.scale, "scale") : encode_scale(found.amax, job, spec.pow2);
-      found.after = 1.0f / job.scale.encode;
-    } else if (spec.three_quarters) {
-      found.after = 4.0f / 3.0f;
-    }
-  }
-
-  Decoded decoded() {
-    if (job.amax_seen) found.amax = std::bit_cast<float>(seen);
-    return {out, found};
-  }
-
-  Packed packed() {
-    if (job.amax_seen) found.amax = std::bit_cast<float>(seen);
-    if (job.scale.rule == Rule::kGiven) *scales.mutable_data_ptr<float>() = found.after;
-    return {out, scales, found};
-  }
+struct TensorScale {
+  float after = 1.0f, amax = 0.0f;
 };
 
-void prepare_operand(Work& work, const at::Tensor& x, const Inputs& inputs, at::IntArrayRef spec_values, at::ScalarType dtype) {
-  const Spec spec = parse(spec_values);
-  Job& job = work.job = job_of(x, spec, inputs.signs, inputs.random);
-  work.out = at::empty({job.rows, job.cols}, x.options().dtype(dtype));
-  job.out = work.out.mutable_data_ptr();
-  job.out_type = type_of(dtype);
-  work.find_scale(spec, inputs);
+// Runs a job whose out is set: tensor amax and tensor scale first, where the format has them.
+TensorScale quantize(Job& job, const Spec& spec, const MaybeTensor& amax, const MaybeTensor& scale) {
+  TensorScale result;
+  const auto tensor_amax = [&] { return amax ? value_of(*amax, "amax") : amax_of(job); };
+  if (job.scale.rule == Rule::kTwoLevel) {
+    result.amax = tensor_amax();
+    const float range = as_float(spec.scale_max_bits) * job.scale.element_max;
+    float encode = range / result.amax;
+    if (encode > std::numeric_limits<float>::max()) encode = std::numeric_limits<float>::max();
+    if (encode == 0) encode = 1;
+    job.scale.encode = encode * (1.0f / job.scale.element_max);
+    job.scale.decode = 1.0f / encode;
+    result.after = result.amax / range;
+  } else if (job.scale.rule == Rule::kGiven) {
+    int32_t seen = 0;
+    const bool in_passing = scale && !amax && !job.columns && !job.hadamard;  // delayed scaling: one pass does both
+    if (in_passing)
+      job.amax_seen = &seen;
+    else
+      result.amax = tensor_amax();
+    job.scale.encode = scale ? value_of(*scale, "scale") : encode_scale(result.amax, job, spec.pow2);
+    result.after = 1.0f / job.scale.encode;
+    run(job);
+    if (job.amax_seen) result.amax = std::bit_cast<float>(seen);
+    return result;
+  } else if (spec.three_quarters) {
+    result.after = 4.0f / 3.0f;
+  }
+  run(job);
+  return result;
 }
 
-void prepare_packed(Work& work, const at::Tensor& x, const Inputs& inputs, at::IntArrayRef spec_values) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> operand(const at::Tensor& x, const MaybeTensor& amax,
+                                                       const MaybeTensor& scale, const MaybeTensor& signs,
+                                                       const MaybeTensor& random, at::IntArrayRef spec_values,
+                                                       at::ScalarType dtype) {
   const Spec spec = parse(spec_values);
-  Job& job = work.job = job_of(x, spec, inputs.signs, inputs.random);
+  Job job = job_of(x, spec, signs, random);
+  at::Tensor out = at::empty({job.rows, job.cols}, x.options().dtype(dtype));
+  job.out = out.mutable_data_ptr();
+  job.out_type = type_of(dtype);
+  const TensorScale found = quantize(job, spec, amax, scale);
+  return {out, scalar(found.after), scalar(found.amax)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> pack(const at::Tensor& x, const MaybeTensor& amax,
+                                                                const MaybeTensor& scale, const MaybeTensor& signs,
+                                                                const MaybeTensor& random, at::IntArrayRef spec_values) {
+  const Spec spec = parse(spec_values);
+  Job job = job_of(x, spec, signs, random);
   const bool pairs = spec.sign_bit == 3, given = (Rule)spec.rule == Rule::kGiven;
   const bool wide = given || (Rule)spec.rule == Rule::kFp32 || (Rule)spec.rule == Rule::kPow2;
   const int64_t lines = job.columns ? job.cols : job.rows, length = job.columns ? job.rows : job.cols;
   const int64_t block_lines = job.columns ? job.block_cols : job.block_rows;
   const int64_t block_length = job.columns ? job.block_rows : job.block_cols;
-  work.out = at::empty({lines, pairs ? (length + 1) / 2 : length}, x.options().dtype(at::kByte));
+  at::Tensor codes = at::empty({lines, pairs ? (length + 1) / 2 : length}, x.options().dtype(at::kByte));
   const int64_t scale_lines = given ? 1 : (lines + block_lines - 1) / block_lines;
   job.scale_cols = given ? 1 : (length + block_length - 1) / block_length;
-  work.scales = at::empty({scale_lines, job.scale_cols}, x.options().dtype(wide ? at::kFloat : at::kByte));
-  job.out = work.out.mutable_data_ptr();
-  job.scales = work.scales.mutable_data_ptr();
+  at::Tensor scales = at::empty({scale_lines, job.scale_cols}, x.options().dtype(wide ? at::kFloat : at::kByte));
+  job.out = codes.mutable_data_ptr();
+  job.scales = scales.mutable_data_ptr();
   job.out_type = pairs ? Type::kCode4 : Type::kCode8;
-  work.find_scale(spec, inputs);
-}
-
-}  // namespace
-
-at::Tensor scalar(float value) {
-  at::Tensor result = at::empty({}, at::kFloat);
-  *result.mutable_data_ptr<float>() = value;
-  return result;
-}
-
-Decoded quantize_operand(const at::Tensor& x, const Inputs& inputs, at::IntArrayRef spec, at::ScalarType dtype) {
-  Work work;
-  prepare_operand(work, x, inputs, spec, dtype);
-  run(work.job);
-  return work.decoded();
-}
-
-Packed quantize_packed(const at::Tensor& x, const Inputs& inputs, at::IntArrayRef spec) {
-  Work work;
-  prepare_packed(work, x, inputs, spec);
-  run(work.job);
-  return work.packed();
-}
-
-std::pair<Decoded, Packed> quantize_and_pack(const at::Tensor& x, const Quantizer& first, const Quantizer& second) {
-  Work one, other;
-  prepare_operand(one, x, first.inputs, first.spec, first.dtype);
-  prepare_packed(other, x, second.inputs, second.spec);
-  run_both(one.job, other.job);
-  return {one.decoded(), other.packed()};
-}
-
-std::pair<Decoded, Decoded> quantize_twice(const at::Tensor& x, const Quantizer& first, const Quantizer& second) {
-  Work one, other;
-  prepare_operand(one, x, first.inputs, first.spec, first.dtype);
-  prepare_operand(other, x, second.inputs, second.spec, second.dtype);
-  run_both(one.job, other.job);
-  return {one.decoded(), other.decoded()};
+  const TensorScale found = quantize(job, spec, amax, scale);
+  if (given) *scales.mutable_data_ptr<float>() = found.after;
+  return {codes, scales, scalar(found.after), scalar(found.amax)};
 }
 
 at::Tensor unpack(const at::Tensor& codes, const at::Tensor& scales, at::IntArrayRef spec_values, int64_t length,
@@ -311,36 +264,6 @@ at::Tensor unpack(const at::Tensor& codes, const at::Tensor& scales, at::IntArra
   at::parallel_for(0, job.rows, std::max<int64_t>(1, 32768 / length),
                    [&](int64_t begin, int64_t end) { kernels.dequantize(job, begin, end); });
   return out;
-}
-
-bool scales_after(at::IntArrayRef spec_values) {
-  const Spec spec = parse(spec_values);
-  return (Rule)spec.rule == Rule::kGiven || (Rule)spec.rule == Rule::kTwoLevel || spec.three_quarters;
-}
-
-float scale_after(const at::Tensor& scales, const MaybeTensor& amax, at::IntArrayRef spec_values) {
-  const Spec spec = parse(spec_values);
-  if ((Rule)spec.rule == Rule::kGiven) return value_of(scales, "scales");
-  if ((Rule)spec.rule != Rule::kTwoLevel) return spec.three_quarters ? 4.0f / 3.0f : 1.0f;
-  TORCH_CHECK(amax, "codes of two levels come with their amax");
-  return value_of(*amax, "amax") / range_of(spec);
-}
-
-namespace {
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor> operand(const at::Tensor& x, const MaybeTensor& amax,
-                                                       const MaybeTensor& scale, const MaybeTensor& signs,
-                                                       const MaybeTensor& random, at::IntArrayRef spec,
-                                                       at::ScalarType dtype) {
-  const Decoded made = quantize_operand(x, {amax, scale, signs, random}, spec, dtype);
-  return {made.values, scalar(made.found.after), scalar(made.found.amax)};
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> pack(const at::Tensor& x, const MaybeTensor& amax,
-                                                                const MaybeTensor& scale, const MaybeTensor& signs,
-                                                                const MaybeTensor& random, at::IntArrayRef spec) {
-  const Packed made = quantize_packed(x, {amax, scale, signs, random}, spec);
-  return {made.codes, made.scales, scalar(made.found.after), scalar(made.found.amax)};
 }
 
 at::Tensor amax(const at::Tensor& x, const MaybeTensor& signs, int64_t axis) {
