@@ -22,9 +22,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -44,11 +46,11 @@ from run import exits
 from run.watchdog import FOLDER as STACKS
 from slurm.node import ATTEMPT
 from tests.chaos_verdict import Curve, Ending, Outcome, as_table, judge
-from tests.launch import ROOT, environment, tiny, train
+from tests.launch import ROOT, environment, steps, tiny, train
 
 FAULTS = ("kill", "twice", "stop", "agent", "disk", "delete", "flip")
 WEIGHTS = (4, 2, 1, 2, 2, 2, 2)  # a rank that stands still takes a minute to be noticed and ended
-STEPS_EACH = 15
+STEPS_EACH, SECONDS_EACH = 15, 2.0  # the least between two faults, which come 4 steps and up to 0.6 s after a resume
 LIMIT_S = 600  # for a run to go on after a fault
 KEYS = (
     "checkpoint.interval=2",
@@ -298,7 +300,12 @@ class Chaos:
 
 def run_chaos(folder: Path, kills: int, seed: int, faults: Sequence[str] = ()) -> tuple[list[Outcome], list[str]]:
     """Outcomes of `kills` faults (or of those named), and everything that was found wrong."""
-    draw, total = random.Random(seed), STEPS_EACH * kills
+    draw = random.Random(seed)
+    pace = train(tiny(folder, "pace"), "train.steps=10", *KEYS, ranks=2)
+    if pace.returncode:
+        raise SystemExit(pace.stderr)
+    seconds = statistics.median(record["step_time_s"] for record in steps(folder / "pace"))
+    total = max(STEPS_EACH, math.ceil(SECONDS_EACH / seconds)) * kills
     straight = train(tiny(folder, "straight"), f"train.steps={total}", *KEYS, ranks=2, timeout=60 + 3 * total)
     if straight.returncode:
         raise SystemExit(straight.stderr)
