@@ -66,6 +66,7 @@ class SentencePieceTokenizer:
         self.path = path
         try:
             self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            separable = is_separable(self._model)
         except (OSError, RuntimeError, UnicodeDecodeError) as error:  # the last one: a piece that is no UTF-8
             raise DataError(f"{path} is not a SentencePiece model: {error}") from None
         self.vocab_size = self._model.vocab_size()
@@ -75,7 +76,7 @@ class SentencePieceTokenizer:
                 f"{path} has no piece {eod or '</s> (eos_id)'} to end documents with; name another one with --eod-token"
             )
         self.eod_id = eod_id
-        self._encoder = WordEncoder(self._model) if is_separable(self._model) else self._model
+        self._encoder = WordEncoder(self._model) if separable else self._model
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""

@@ -26,7 +26,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,12 +71,14 @@ class ZeroConfig:
                      The working weights are then those numbers, made from the master
     """
 
-    stage: Literal[0, 1, 2, 3] = 1
+    stage: int = 1  # no Literal, which takes false for 0
     reduce_bucket: int = 50_000_000
     gather: str = "exact"
 
     def problems(self) -> list[str]:
         found = []
+        if self.stage not in range(4):
+            found.append(f"stage is {self.stage}; use 0, 1, 2 or 3")
         if self.reduce_bucket < 1024:
             found.append(f"reduce_bucket is {self.reduce_bucket}; it must be at least 1024 elements")
         try:

@@ -197,3 +197,9 @@ def test_layouts_that_cannot_be_are_refused(write, ranks, overrides, words):
     message = _refusal(write(MINIMAL), tuple(overrides.split()), world_size=ranks)
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize("stage", ["false", "true", "4"])
+def test_a_stage_is_a_number_that_zero_has(stage):
+    with pytest.raises(UsageError, match="zero.stage is"):
+        load("quickstart", (f"zero.stage={stage}",))
