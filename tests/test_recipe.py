@@ -202,4 +202,4 @@ def test_layouts_that_cannot_be_are_refused(write, ranks, overrides, words):
 @pytest.mark.parametrize("stage", ["false", "true", "4"])
 def test_a_stage_is_a_number_that_zero_has(stage):
     with pytest.raises(UsageError, match="zero.stage is"):
-        load("quickstart", (f"zero.stage={stage}",))
+        recipes.load("quickstart", (f"zero.stage={stage}",))
