@@ -105,8 +105,9 @@ def _served(
 
 
 def _free_port() -> int:
-    """One that the kernel does not hand out by itself (from 32768 on): connections of other tests take those any time,
-    also between this look and the moment when rank 0 listens."""
+    """A port below those that the kernel hands out by itself (from 32768 on): connections of other tests take these at
+    any time, also between this look and the moment when rank 0 listens.
+    """
     while True:
         port = random.randrange(20000, 32000)
         with socket.socket() as probe, contextlib.suppress(OSError):

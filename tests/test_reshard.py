@@ -123,8 +123,9 @@ def check(tmp_path: Path, pairs: list[tuple[str, str]], model: tuple[str, ...]) 
                 assert resumed == went_on[a], a
             else:
                 losses = [loss for loss, _ in went_on[a]]
-                # Sums of BF16 parts in another order; five steps make of that up to 0.6 %, as processors add.
-                assert [loss for loss, _ in resumed] == pytest.approx(losses, rel=1e-2), (a, b)
+                # Hybrids were 0.57 % apart at the fifth step on one processor, within 0.5 % on another.
+                rel = 1e-2 if model is HYBRID else 5e-3
+                assert [loss for loss, _ in resumed] == pytest.approx(losses, rel=rel), (a, b)
 
 
 QUICK = [("one", "tp2-pp2"), ("tp2-pp2", "tp2-pp2")]
