@@ -3,7 +3,7 @@
     RUN/checkpoints/step-00000010/
         __<rank>_<n>.distcp, .metadata   torch.distributed.checkpoint: boxes of logical tensors, and their index
         meta.json                        step, number of ranks, logical shapes, and what the run wants to find again
-        manifest.json                    size and SHA-256 of every file above, written last
+        manifest.json                    size and hash of every file above, written last
 
 Keys are `<kind>/<parameter>` ("weight/layers.0.attention.qkv.weight", "exp_avg.codes/...") and, for what belongs to a
 rank rather than to the model (states of generators, residuals of error feedback), `own/<kind>/<rank>`. Only tensors go
@@ -38,6 +38,7 @@ from errors import CheckpointError
 from lowprec.fragments import Shard
 from parallel import catalog, dcp
 from parallel.agree import Ranks
+from parallel.aside import Aside
 from parallel.dcp_index import INDEX_FILE, read_index, tensors
 from parallel.manifest import FileRecord, read_manifest, seal, share, to_json, verify, write_manifest, write_text
 from parallel.rectangles import stored_shape
@@ -97,7 +98,7 @@ def save(
     own: Mapping[str, Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
     keep: int = 3,
-    aside: bool = False,
+    aside: Aside | None = None,
 ) -> Path:
     """Write the checkpoint after `step` and make it the newest; return its directory. Collective over `group`.
 
@@ -106,7 +107,7 @@ def save(
     meta: JSON-able, the same on all ranks (that of rank 0 is written).
     own: kind -> tensor of this rank alone, e.g. a generator's state; the same kinds on all ranks.
     keep: older checkpoints beyond this number are deleted afterwards.
-    aside: slowly, by processes that take only time that nobody else wants.
+    aside: who writes, in a process of its own, what lies in its memory.
 
     Raises CheckpointError on every rank if any rank fails; older checkpoints and the pointer are then untouched.
     """

@@ -4,20 +4,24 @@ What is stored under a key is a `Shards`: boxes of one logical tensor that this 
 its extension points (`__create_write_items__`, `__create_chunk_list__`, and the planners' `lookup_*`), stores them,
 and cuts and joins boxes when a checkpoint is read with another layout. The result is an ordinary DCP checkpoint.
 
-Four things that DCP does are not wanted here (torch 2.13):
+Five things that DCP does are not wanted here (torch 2.13):
 * `.metadata` is a pickle that its reader loads without restriction: `dcp_index.read_index` has read it before.
 * Entries that are not tensors are pickles loaded with `weights_only=False`: we write none, and refuse to read one.
 * An error in one of the writer's threads ends that thread and the save goes on without its data, and a full disk
-  surfaces as "unexpected pos": `_Files` keeps the system's error with its file name and `Writer` raises it.
+  surfaces as "unexpected pos": `Writer` has its own loop, which writes the same bytes.
+* It serializes each tensor anew in Python, half of what a save behind training took from it: `around` does it once.
 * Its planner accepts a tensor that is only partly covered if a single process saves it: `SavePlanner` refuses.
 Source: torch/distributed/checkpoint/{filesystem,default_planner,planner_helpers,metadata}.py.
 """
 
 from __future__ import annotations
 
+import functools
+import io
 import math
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +47,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.utils.serialization import config as serialization
 
 from errors import CheckpointError
@@ -50,6 +55,7 @@ from lowprec.codecs import UNIT
 from lowprec.fragments import Shard, matrix_shape
 from parallel import dcp_index
 from parallel.agree import Ranks, describe, summary
+from parallel.aside import Aside, address
 from parallel.hashed_file import HandedFile, HashedFile
 from parallel.manifest import FileRecord
 from parallel.rectangles import rectangles, stored_shape
@@ -187,66 +193,87 @@ class RestoringPlanner(DefaultLoadPlanner):
         raise CheckpointError(f"{read_item.dest_index.fqn} is not a tensor; it is not loaded")
 
 
-class _Files(filesystem.FileSystem):
-    """DCP's file access that remembers what was written, and what went wrong, in any of its threads."""
+@functools.lru_cache(maxsize=1 << 14)
+def around(dtype: torch.dtype, shape: torch.Size) -> tuple[bytes, bytes]:
+    """What torch.save writes before and after the bytes of a contiguous tensor: the same for all of a type and shape.
 
-    def __init__(self, aside: bool) -> None:
-        self.kind = HandedFile if aside else HashedFile
-        self.errors: list[Exception] = []
-        self.records: dict[str, FileRecord] = {}
-
-    @contextmanager
-    def create_stream(self, path: Path, mode: str) -> Generator[IO[bytes] | HashedFile | HandedFile, None, None]:
-        path = Path(path)
-        data = mode == "wb" and path.suffix == filesystem.DEFAULT_SUFFIX
-        try:
-            stream = self.kind(path) if data else path.open(mode)
-        except OSError as error:
-            self.errors.append(error)
-            raise
-        try:
-            # No CRC: the manifest has SHA-256.
-            with stream, serialization.patch("save.compute_crc32", False):  # pyright: ignore[reportAttributeAccessIssue]
-                yield stream
-            if isinstance(stream, HashedFile | HandedFile):
-                self.records[path.name] = stream.record
-        except Exception as error:  # raised by Writer in the caller's thread
-            self.errors.append(_system_error(error, path))
+    Without CRC, that is: the manifest has a hash. What is not touched here takes no memory.
+    """
+    tensor = torch.empty(shape, dtype=dtype)
+    with serialization.patch("save.compute_crc32", False):  # pyright: ignore[reportAttributeAccessIssue]
+        torch.save(tensor, pieces := _Pieces(tensor))  # pyright: ignore[reportArgumentType]
+    parts = pieces.parts if tensor.nbytes else [*pieces.parts, bytearray()]
+    assert len(parts) == 2, f"torch.save wrote the bytes of a tensor in {len(parts) - 1} pieces"
+    return bytes(parts[0]), bytes(parts[1])
 
 
-def _system_error(error: BaseException, path: Path) -> Exception:
-    """The OSError behind `error`, naming the file: torch.save buries it under a RuntimeError."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__cause__ or cause.__context__
-    if cause is None or cause.errno is None:
-        return RuntimeError(f"{path}: {error}")
-    return OSError(cause.errno, cause.strerror, str(path))
+class _Pieces(io.RawIOBase):
+    """What is written before, between and after pieces that are all of a tensor's bytes."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.parts = [bytearray()]
+        self._tensor = tensor.data_ptr(), tensor.nbytes
+
+    def write(self, data: memoryview) -> int:
+        if (address(data), len(data)) == self._tensor:
+            self.parts.append(bytearray())
+        else:
+            self.parts[-1] += data
+        return len(data)
 
 
 class Writer(filesystem.FileSystemWriter):
-    """Writes into an existing directory; leaves fsync to the caller and raises every error."""
+    """Writes into an existing directory; leaves fsync to the caller and raises every error.
 
-    def __init__(self, path: Path, aside: bool) -> None:
-        super().__init__(path, sync_files=False, thread_count=WRITER_THREADS)
-        self.fs = _Files(aside)
+    `records` are the sizes and hashes of the data files of this rank.
+    """
+
+    def __init__(self, path: Path, aside: Aside | None) -> None:
+        super().__init__(path, sync_files=False, thread_count=WRITER_THREADS if aside is None else 1)
+        self.folder, self.aside = path, aside
+        self.records: dict[str, FileRecord] = {}
 
     def storage_meta(self) -> None:
         """No machine's path and no random id in the checkpoint."""
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future:
-        """Write this rank's boxes; raises the first error of any thread."""
-        written = super().write_data(plan, planner)
-        if self.fs.errors:
-            raise self.fs.errors[0]
-        assert len(written.value()) == len(plan.items), "a writer thread ended without an error"
-        return written
+    def write_data(self, plan: SavePlan, planner: DefaultSavePlanner) -> torch.futures.Future:
+        """Write this rank's boxes as DCP would; raises the first error of any file."""
+        buckets = filesystem._split_by_size_and_type(self.thread_count, plan.items)
+        names = [f"{plan.storage_data.prefix}{i}{filesystem.DEFAULT_SUFFIX}" for i in range(len(buckets))]
+        with ThreadPoolExecutor(len(buckets)) as pool:
+            written = list(pool.map(lambda name, items: self._write_file(name, items, planner), names, buckets))
+        done: torch.futures.Future = torch.futures.Future()
+        done.set_result([result for results in written for result in results])
+        return done
+
+    def _write_file(self, name: str, items: list[WriteItem], planner: DefaultSavePlanner) -> list[WriteResult]:
+        path, results = self.folder / name, []
+        with _naming(path):
+            with HashedFile(path) if self.aside is None else HandedFile(path, self.aside) as stream:
+                for item in items:
+                    start, box = stream.tell(), planner.resolve_data(item)
+                    assert isinstance(box, Tensor), "nothing but tensors is planned"
+                    head, tail = around(box.dtype, box.shape)
+                    for piece in (head, box.cpu().view(-1).view(torch.uint8).numpy(), tail):
+                        stream.write(piece)
+                    size = stream.tell() - start
+                    results.append(WriteResult(item.index, size, filesystem._StorageInfo(name, start, size)))
+            self.records[name] = stream.record
+        return results
 
     def finish(self, metadata: Metadata, results: list) -> None:
         """Write the index (rank 0)."""
-        super().finish(metadata, results)
-        if self.fs.errors:
-            raise self.fs.errors[0]
+        with _naming(self.folder / dcp_index.INDEX_FILE):
+            super().finish(metadata, results)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Put the file's name into an error of the system that has none."""
+    try:
+        yield
+    except OSError as error:
+        raise error if error.filename else OSError(error.errno, error.strerror, str(path)) from error
 
 
 class Reader(filesystem.FileSystemReader):
@@ -261,15 +288,15 @@ class Reader(filesystem.FileSystemReader):
         return self.index
 
 
-def write(folder: Path, state: State, ranks: Ranks, what: str, *, aside: bool = False) -> dict[str, FileRecord]:
+def write(folder: Path, state: State, ranks: Ranks, what: str, aside: Aside | None = None) -> dict[str, FileRecord]:
     """Write the boxes of all ranks and the index into the existing `folder`; the data files of this rank. Collective.
 
-    aside: as HandedFile writes
+    aside: who writes and syncs what lies in its memory
     Raises CheckpointError("<what>: ...") on all ranks if any fails.
     """
     writer = Writer(folder, aside)
     _collective(lambda **group: save(state, storage_writer=writer, planner=SavePlanner(), **group), ranks, what)
-    return writer.fs.records
+    return writer.records
 
 
 def read(folder: Path, index: Metadata, state: State, ranks: Ranks) -> None:

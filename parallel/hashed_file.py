@@ -5,20 +5,17 @@ The hash is of the bytes that were meant: it also finds what was damaged on the 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import io
-import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
-from parallel import write_aside
+import xxhash
+
+from parallel.aside import Aside
 from parallel.manifest import FileRecord
 
-PIPE = 1 << 20  # bytes; with the default, 64 KiB, the two processes take turns sixteen times as often
+SMALL = 512  # bytes; torch.save writes forty small pieces a tensor, which are sent, wherever they lie
 
 
 class HashedFile(io.BufferedWriter):
@@ -26,7 +23,7 @@ class HashedFile(io.BufferedWriter):
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path, "w"))
-        self._hash, self._size = hashlib.sha256(), 0
+        self._hash, self._size = xxhash.xxh3_128(), 0
 
     def write(self, data: Any) -> int:
         """Write all of `data` (bytes-like)."""
@@ -37,30 +34,24 @@ class HashedFile(io.BufferedWriter):
 
     @property
     def record(self) -> FileRecord:
-        """Size and SHA-256 of what was written."""
+        """Size and hash of what was written."""
         return FileRecord(self._size, self._hash.hexdigest())
 
 
 class HandedFile(io.RawIOBase):
-    """The same, but another process writes, hashes and syncs, in time that this one's threads leave (write_aside.py).
+    """The same, but another process writes, hashes and syncs (`Aside`), all of it at `close`. Then `record` is there.
 
-    A thread would not do: of low priority, it would keep the interpreter's lock while it waits for a core, and of equal
-    priority it takes a core from training, whose other cores wait at the next barrier. `record` is there after `close`.
+    What is written of the memory of `aside` is named, not copied; it has to stay until then.
     """
 
     record: FileRecord
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._size = path, 0
-        self._process: Any = None  # for close, which runs even where there is nothing to close
-        script = [sys.executable, "-I", "-S", write_aside.__file__]
-        pipe = subprocess.PIPE
-        # A process group of its own keeps Ctrl-C from it. In a session of its own, Linux's autogroups would give it as
-        # much of the cores as all of this one's processes have together, whatever its priority.
-        with path.open("wb") as file:
-            self._process = subprocess.Popen(script, stdin=pipe, stdout=file, stderr=pipe, bufsize=0, process_group=0)
-        with contextlib.suppress(AttributeError, OSError):  # not Linux, or this user has many pipes
-            fcntl.fcntl(self._process.stdin, fcntl.F_SETPIPE_SZ, PIPE)
+    def __init__(self, path: Path, aside: Aside) -> None:
+        self._path, self._aside, self._size = path, aside, 0
+        self._pieces: list[tuple[int, int]] = []
+        self._inline = bytearray()
+        self._file: int | None = None  # for close, which runs even where there is nothing to close
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
 
     def writable(self) -> bool:
         return True
@@ -69,16 +60,17 @@ class HandedFile(io.RawIOBase):
         return self._size
 
     def write(self, data: Any) -> int:
-        """Hand over all of `data` (bytes-like). Raises as `close`, if the process has ended."""
-        rest = memoryview(data).cast("B")
-        size = len(rest)
-        try:
-            while rest:
-                rest = rest[self._process.stdin.write(rest) :]
-        except BrokenPipeError:
-            self.close()  # says why
-            raise
+        """Note all of `data` (bytes-like)."""
+        data = memoryview(data).cast("B")
+        size = len(data)
         self._size += size
+        offset = self._aside.place(data) if size >= SMALL else None
+        if offset is not None:
+            self._pieces.append((offset, size))
+            return size
+        self._inline += data
+        before = self._pieces.pop()[1] if self._pieces and self._pieces[-1][0] < 0 else 0
+        self._pieces.append((-1, before + size))
         return size
 
     def close(self) -> None:
@@ -86,16 +78,10 @@ class HandedFile(io.RawIOBase):
         if self.closed:
             return
         super().close()
-        if self._process is None:
+        if self._file is None:
             return
-        _, said = self._process.communicate()
         try:
-            found = json.loads(said)
-        except ValueError:
-            reason = said.decode(errors="replace").strip() or "no word"
-            raise RuntimeError(f"{self._path}: its writer ended with {self._process.returncode}: {reason}") from None
-        if "errno" in found:
-            raise OSError(found["errno"], found["strerror"], str(self._path))
-        if found["size"] != self._size:
-            raise RuntimeError(f"{self._path}: {self._size} bytes were handed over, {found['size']} arrived")
-        self.record = FileRecord(found["size"], found["sha256"])
+            self.record = self._aside.write(self._path, self._file, self._pieces, bytes(self._inline))
+        finally:
+            os.close(self._file)
+        assert self.record.size == self._size

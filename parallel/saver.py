@@ -1,7 +1,7 @@
 """`Saver`: when the checkpoints of a run are written, now or behind the training that goes on.
 
-Behind: the tensors are copied to the CPU, then a thread of each rank hands the copies to processes that write and hash
-them in time that training leaves, and publishes them. Its agreements run over a process group of their own, so that
+Behind: the tensors are copied to the CPU, then a thread of each rank has another process hash and write the copies
+(`Aside`), and publishes them. Its agreements run over a process group of their own, so that
 they cannot mix with training's. One save is in flight at most: the next one first waits for it. An error surfaces
 there, or at the end of the run; the older checkpoints are then as they were.
 """
@@ -15,11 +15,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lowprec.fragments import Fragment
+from parallel.aside import Aside
 from parallel.checkpoint import save
 
 
@@ -76,6 +76,7 @@ class Saver:
         self._pending: Future[Path] | None = None
         if config.behind:
             self._group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+            self._aside = Aside()
             self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def save(self, step: int, fragments: Sequence[Fragment], meta: dict[str, Any], own: Mapping[str, Tensor]) -> None:
@@ -87,12 +88,13 @@ class Saver:
         if not self._config.behind:
             self._announce(save(self._run_dir, step, fragments, meta, own=own, keep=self._config.keep))
             return
+        everything = [*(tensor for fragment in fragments for tensor in fragment.tensors.values()), *own.values()]
+        copied = iter(self._aside.copies(everything))
         copies = [
-            replace(fragment, tensors={kind: _copied(tensor) for kind, tensor in fragment.tensors.items()})
-            for fragment in fragments
+            replace(fragment, tensors={kind: next(copied) for kind in fragment.tensors}) for fragment in fragments
         ]
-        mine = {kind: _copied(tensor) for kind, tensor in own.items()}
-        options = {"own": mine, "group": self._group, "keep": self._config.keep, "aside": True}
+        mine = {kind: next(copied) for kind in own}
+        options = {"own": mine, "group": self._group, "keep": self._config.keep, "aside": self._aside}
         self._pending = self._threads.submit(save, self._run_dir, step, copies, meta, **options)
 
     @property
@@ -110,9 +112,3 @@ class Saver:
         pending, self._pending = self._pending, None
         if pending is not None:
             self._announce(pending.result())
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    """A copy on the CPU that training will not change."""
-    with torch.no_grad():
-        return tensor.detach().to("cpu", copy=True)

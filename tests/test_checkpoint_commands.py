@@ -34,7 +34,7 @@ def test_verify_says_which_checkpoint_is_damaged(tmp_path, capsys):
     _flip(next((tmp_path / "checkpoints/step-00000002").glob("*.distcp")))
     assert main(["verify", str(tmp_path)]) == 4
     first, second = capsys.readouterr().out.splitlines()
-    assert first.startswith("DAMAGED") and "step-00000002" in first and "SHA-256" in first
+    assert first.startswith("DAMAGED") and "step-00000002" in first and "xxh3_128" in first
     assert second.startswith("ok") and "step-00000001" in second
     assert main(["verify", str(tmp_path / "nowhere")]) == 4
     assert "neither a run" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def _cut_manifest(path: Path) -> None:
 
 
 def _other_format(path: Path) -> None:
-    path.write_text(path.read_text().replace('"format": 1', '"format": 3'))
+    path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
 
 
 def _path_outside(path: Path) -> None:
@@ -86,7 +86,7 @@ def _path_outside(path: Path) -> None:
     [
         (Path.unlink, "is missing: not a checkpoint, or not a complete one"),
         (_cut_manifest, "cannot be read: JSONDecodeError"),
-        (_other_format, "format 3, this version reads 1"),
+        (_other_format, "format 3, this version reads 1 and 2"),
         (_path_outside, "not names of files beside it"),
     ],
 )
@@ -97,6 +97,21 @@ def test_damaged_manifest(tmp_path: Path, damage: Callable[[Path], None], defect
     with pytest.raises(CheckpointError, match=defect):
         open_checkpoint(damaged)
     assert newest_step(tmp_path) == 1
+
+
+def test_checkpoints_of_the_first_format_are_read(tmp_path: Path) -> None:
+    """They had SHA-256."""
+    path = save_alone(tmp_path, 1)
+    files = {
+        file.name: {"size": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        for file in path.iterdir()
+        if file.name != "manifest.json"
+    }
+    (path / "manifest.json").write_text(json.dumps({"format": 1, "files": files}))
+    assert open_checkpoint(path).step == 1
+    _flip(path / "__0_1.distcp")
+    with pytest.raises(CheckpointError, match=r"__0_1.distcp has other content than was written \(sha256\)"):
+        open_checkpoint(path)
 
 
 def test_every_bit_of_a_manifest_matters_or_changes_nothing(tmp_path: Path) -> None:

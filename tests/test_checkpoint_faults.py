@@ -275,7 +275,7 @@ def test_a_defect_of_ours_keeps_its_type(tmp_path: Path, monkeypatch: pytest.Mon
         raise TypeError("planted")
 
     save_alone(tmp_path, 1)
-    monkeypatch.setattr(manifest, "_record", broken)
+    monkeypatch.setattr(manifest.FileRecord, "of", broken)
     with pytest.raises(TypeError, match="planted"):
         save_alone(tmp_path, 2)
     monkeypatch.undo()

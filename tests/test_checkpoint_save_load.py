@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.utils import serialization
 
 from errors import CheckpointError
+from parallel import dcp
 from parallel.checkpoint import load, load_weights, newest, open_checkpoint, read_meta, resolve, save
 from parallel.saver import CheckpointConfig
 from tests.checkpoint_case import KINDS, SHAPES, Piece, assert_equal, pieces, save_alone, truth
@@ -71,6 +74,18 @@ def test_the_data_is_an_ordinary_dcp_checkpoint(tmp_path: Path) -> None:
     dcp_to_torch_save(path, tmp_path / "plain.pt")
     plain = torch.load(tmp_path / "plain.pt")
     assert torch.equal(plain["weight/embedding.weight"], full["weight"]["embedding.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8, torch.float8_e4m3fn, torch.int64, torch.bool])
+@pytest.mark.parametrize("shape", [(), (0, 3), (7,), (40, 50), (2, 3, 4, 5)])
+def test_a_tensor_is_written_as_torch_writes_it(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    for seed in range(2):
+        bits = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed))
+        tensor, stream = bits.to(dtype), io.BytesIO()
+        with serialization.config.patch("save.compute_crc32", False):  # pyright: ignore[reportAttributeAccessIssue]
+            torch.save(tensor, stream)
+        head, tail = dcp.around(dtype, tensor.shape)
+        assert head + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() + tail == stream.getvalue()
 
 
 def _load_newest(rank: int, run_dir: Path, group: dist.ProcessGroup) -> tuple[int, int, dict[str, torch.Tensor]]:
