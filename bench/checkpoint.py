@@ -85,7 +85,7 @@ def speeds(run: Run, folder: Path, written: float) -> Figures:
     tensors = {f"{part.name}/{kind}": tensor for part in fragments for kind, tensor in part.tensors.items()}
     size = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
     raw, pickled = folder / "raw", folder / "torch.pt"
-    content = b"".join(tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors.values())
+    content = b"".join(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors.values())
 
     def read() -> None:
         start = newest(folder / "waiting")
