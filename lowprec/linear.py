@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -111,6 +111,8 @@ class Shared:
 class LowPrecisionLinear(nn.Module):
     """Drop-in for an nn.Linear: same parameters under the same names."""
 
+    shares = True  # one operand for two GEMMs, where it is the same numbers
+
     def __init__(self, linear: nn.Linear, name: str, slots: Slots, shared: Shared, place: Place | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -121,12 +123,18 @@ class LowPrecisionLinear(nn.Module):
         self.ran: set[str] = set()  # its GEMMs that have run at least once
         self._copies: dict[str, Operand] = {}
         self._receipts: dict[tuple[str, torch.dtype], tuple[str, str, str, str]] = {}
+        self.same: dict[str, bool] = {}  # whether both operands made of a matrix are the same numbers
+        self.same_amax: dict[str, bool] = {}  # or are scaled by the same amax
         self.use(slots)
 
     def use(self, slots: Slots) -> None:
         """Take other slots from now on; histories of delayed scaling go on where the format stays."""
         self.slots = slots
         self.specs = specs_of(slots)
+        for kind in ("x", "w", "dy"):
+            one, other = (self.specs[slot] for slot, (of, _) in SLOT_AXES.items() if of == kind)
+            self.same[kind] = self.shares and same_both_ways(one, other)
+            self.same_amax[kind] = same_amax(one, other)
         for slot, spec in self.specs.items():
             if spec is not None and spec.amax_history:
                 kind = SLOT_AXES[slot][0]
@@ -160,16 +168,23 @@ class LowPrecisionLinear(nn.Module):
         """Q(w) for fprop.b or dgrad.b; the two are one where blocks are square or the whole tensor."""
         if slot in self._copies:
             return self._copies[slot]
-        if slot == "dgrad.b" and "fprop.b" in self._copies and same_both_ways(self.specs):
+        if slot == "dgrad.b" and "fprop.b" in self._copies and self.same["w"]:
             return self._copies["fprop.b"]
         return self.operand(slot, self.weight.detach(), self.shared.position)
 
-    def operand(self, slot: str, matrix: Tensor, position: StepContext, *, training: bool = True) -> Operand:
-        """Quantize and decode a matrix for its slot; what is seen outside training enters no amax history."""
+    def operand(
+        self, slot: str, matrix: Tensor, position: StepContext, *, training: bool = True, amax: Tensor | None = None
+    ) -> Operand:
+        """Quantize and decode a matrix for its slot; what is seen outside training enters no amax history.
+
+        amax: what the matrix's other slot has found, where that is the `same_amax`
+        """
         spec, (kind, axis) = self.specs[slot], SLOT_AXES[slot]
         if spec is None:
             return Operand(matrix, None, None)
-        amax, scale, dtype = self._amax(slot, matrix, position), self._encode_scale(kind, spec), self.decoded(spec)
+        if amax is None:
+            amax = self._amax(slot, matrix, position)
+        scale, dtype = self._encode_scale(kind, spec), self.decoded(spec)
         pieces = [
             self.shared.kernels.operand(piece, spec, axis, key, scale, dtype, amax)
             for piece, key in self._pieces(slot, matrix, position)
@@ -181,12 +196,13 @@ class LowPrecisionLinear(nn.Module):
             self._record(kind, spec, found.amax)
         return found
 
-    def pack(self, slot: str, matrix: Tensor, position: StepContext) -> QuantizedTensor:
-        """Quantize a matrix for its slot, to be decoded later."""
+    def pack(self, slot: str, matrix: Tensor, position: StepContext, amax: Tensor | None = None) -> QuantizedTensor:
+        """Quantize a matrix for its slot, to be decoded later; amax as of `operand`."""
         spec, (kind, axis) = self.specs[slot], SLOT_AXES[slot]
         assert spec is not None
         ((piece, key),) = self._pieces(slot, matrix, position)  # x, whose columns are one run
-        amax = self._amax(slot, matrix, position)
+        if amax is None:
+            amax = self._amax(slot, matrix, position)
         packed = self.shared.kernels.quantize(piece, spec, axis, key, self._encode_scale(kind, spec), amax)
         self._record(kind, spec, packed.amax)
         return packed
@@ -279,12 +295,17 @@ class LowPrecisionLinear(nn.Module):
         self.ran.add(gemm)
 
 
-def same_both_ways(specs: Mapping[str, QuantSpec | None]) -> bool:
-    """Whether the weight's copies for fprop and dgrad are the same numbers."""
-    one, other = specs["fprop.b"], specs["dgrad.b"]
+def same_both_ways(one: QuantSpec | None, other: QuantSpec | None) -> bool:
+    """Whether a matrix quantized to one along its rows and to the other along its columns gives the same numbers."""
     if one is None or one != other or one.hadamard or one.rounding == "stochastic":
         return False
     return one.block == "tensor" or isinstance(one.block, tuple) and one.block[0] == one.block[1]
+
+
+def same_amax(one: QuantSpec | None, other: QuantSpec | None) -> bool:
+    """Whether both scale a matrix by its own amax, which is then found once."""
+    plain = (s is not None and s.takes_amax and not s.hadamard and not s.row_amax for s in (one, other))
+    return all(plain)
 
 
 def specs_of(slots: Slots) -> dict[str, QuantSpec | None]:
@@ -325,34 +346,36 @@ class _Linear(torch.autograd.Function):
         shared, matrix = layer.shared, x.reshape(-1, layer.in_features)
         ctx.layer, ctx.position, ctx.shape = layer, shared.position, x.shape
         ctx.deferred, ctx.has_bias = shared.deferred, bias is not None
-        # No name holds an operand, which is freed with its GEMM, before the next one is made.
-        y = layer.multiply(
-            "fprop",
-            layer.operand("fprop.a", matrix, shared.position, training=training),
-            layer.weight_operand("fprop.b"),
-            bias,
-        )
+        found = layer.operand("fprop.a", matrix, shared.position, training=training)
+        y = layer.multiply("fprop", found, layer.weight_operand("fprop.b"), bias)
+        amax = found.amax if layer.same_amax["x"] else None
         ctx.packed = None
         if not (training and weight.requires_grad):
             return y.view(*x.shape[:-1], layer.out_features)
         if layer.specs["wgrad.b"] is not None and shared.pack_saved:
-            packed = layer.pack("wgrad.b", matrix, shared.position)
+            del found  # memory for the codes
+            packed = layer.pack("wgrad.b", matrix, shared.position, amax)
             # Tensors go through save_for_backward, so that activation recomputation can drop them.
             ctx.packed = (packed.spec, packed.axis, packed.shape)
             ctx.save_for_backward(packed.codes, packed.scales, packed.amax)
         else:
-            ctx.save_for_backward(*layer.operand("wgrad.b", matrix, shared.position))
+            if not layer.same["x"]:
+                del found
+                found = layer.operand("wgrad.b", matrix, shared.position, amax=amax)
+            ctx.save_for_backward(*found)
         return y.view(*x.shape[:-1], layer.out_features)
 
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         layer: LowPrecisionLinear = ctx.layer
         dy = gradients[0].reshape(-1, layer.out_features)
-        dx = dw = db = None
+        dx = dw = db = amax = found = None
         if ctx.needs_input_grad[0]:
-            dx = layer.multiply(
-                "dgrad", layer.operand("dgrad.a", dy, ctx.position), layer.weight_operand("dgrad.b")
-            ).view(ctx.shape)
+            found = layer.operand("dgrad.a", dy, ctx.position)
+            dx = layer.multiply("dgrad", found, layer.weight_operand("dgrad.b")).view(ctx.shape)
+            amax = found.amax if layer.same_amax["dy"] else None
+            if not layer.same["dy"] or ctx.deferred is not None:  # a queue keeps dy rather than what is decoded of it
+                found = None
         if ctx.needs_input_grad[1]:
             saved, packed, position = ctx.saved_tensors, ctx.packed, ctx.position
 
@@ -361,7 +384,8 @@ class _Linear(torch.autograd.Function):
                 if packed is not None:
                     whole = QuantizedTensor(*saved, *packed)
                     x = layer.shared.kernels.decode(whole, layer.decoded(whole.spec), layer.weight.dtype)
-                return layer.multiply("wgrad", layer.operand("wgrad.a", dy, position), x)
+                a = layer.operand("wgrad.a", dy, position, amax=amax) if found is None else found
+                return layer.multiply("wgrad", a, x)
 
             if ctx.deferred is None:
                 dw = weight_gradient()

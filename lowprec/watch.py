@@ -200,6 +200,8 @@ def _watched_gemms(watch: Watch, layer: Any, within: str | None) -> Iterator[Non
     def watched_operand(slot: str, matrix: Tensor, position: StepContext, **options: Any) -> Operand:
         gemm, _, side = slot.partition(".")
         kind, rows[gemm] = SLOT_AXES[slot][0], position.row
+        if kind == "dy":  # of which there may be one operand for both of its GEMMs
+            rows["wgrad"] = position.row
         if kind == "w":
             watch.check(matrix, layer.name, gemm, "the weight itself", None)
         elif within is not None:  # without one, the module's hooks have seen it earlier

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import recipe as recipes
 from errors import UsageError
-from lowprec import StepContext, reference
+from lowprec import StepContext, dispatch, linear, reference
 from lowprec.apply import Precision, RunFacts
 from lowprec.linear import SLOT_AXES
 from lowprec.policy import Policy, PrecisionConfig, parse
@@ -96,6 +96,33 @@ def test_three_gemms_multiply_the_quantized_operands(name, pack_saved, wgrad_out
     assert one_bf16_ulp(layer.weight.grad, truth["dw"])
     if wgrad_output == "fp32":
         torch.testing.assert_close(layer.weight.grad.double(), truth["dw"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pack_saved", [True, False])
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_two_gemms_share_is_made_once_and_changes_nothing(name, pack_saved, monkeypatch):
+    """Bit-equal, amax histories included, to a linear that quantizes for each of its GEMMs."""
+
+    def run() -> tuple[list[torch.Tensor], int]:
+        calls = []
+        model, precision = build(name, pack_saved=pack_saved)
+        for function in ("operand", "quantize"):
+            original = getattr(dispatch, function)
+            monkeypatch.setattr(dispatch, function, lambda *a, f=original: calls.append(a[-1]) or f(*a))
+        x = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()
+        y = model(x)
+        y.sum().backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        histories = [s.history for layer in precision.layers.values() for s in layer.delayed.values()]
+        monkeypatch.undo()
+        return [y, x.grad, *grads, *histories], sum(amax is None for amax in calls)
+
+    shared, found = run()
+    monkeypatch.setattr(linear, "same_amax", lambda *_: False)
+    monkeypatch.setattr(linear, "same_both_ways", lambda *_: False)
+    apart, each = run()
+    assert len(shared) == len(apart) and all(map(torch.equal, shared, apart))
+    assert found < each if name.startswith(("fp8_current", "fp8_delayed", "fp8_lm")) else found <= each
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -74,6 +74,7 @@ class Wanted:
 class Observed(LowPrecisionLinear):
     """Computes as the linear that it is made from would under `slots`, and measures. Records no amax."""
 
+    shares = False  # every slot is looked at
     sample: Sample
     wanted: Wanted
     packs: bool  # whether the run keeps inputs packed
@@ -82,14 +83,16 @@ class Observed(LowPrecisionLinear):
         super().__init__(linear, name, Slots(HIGH), shared, place)
         self._exact: dict[str, Tensor] = {}
 
-    def operand(self, slot: str, matrix: Tensor, position: StepContext, *, training: bool = True) -> Operand:
+    def operand(
+        self, slot: str, matrix: Tensor, position: StepContext, *, training: bool = True, amax: Tensor | None = None
+    ) -> Operand:
         kind, axis = SLOT_AXES[slot]
         matrix, spec = matrix.detach(), self.specs[slot]
         self._look(slot, matrix, position)
         if spec is None:
             found = Operand(matrix, None, None)
         else:
-            found = self._quantized(slot, matrix, spec, position)
+            found = self._quantized(slot, matrix, spec, position, amax)
         self._exact[slot] = matrix[:, _lines(matrix.shape[1])].clone() if slot == "wgrad.b" else matrix
         return found
 
@@ -117,9 +120,11 @@ class Observed(LowPrecisionLinear):
         self._exact.clear()
         self.sample = Sample()
 
-    def _quantized(self, slot: str, matrix: Tensor, spec: Any, position: StepContext) -> Operand:
+    def _quantized(self, slot: str, matrix: Tensor, spec: Any, position: StepContext, amax: Tensor | None) -> Operand:
         kind, axis = SLOT_AXES[slot]
-        amax, scale = self._amax(slot, matrix, position), self._encode_scale(kind, spec)
+        if amax is None:
+            amax = self._amax(slot, matrix, position)
+        scale = self._encode_scale(kind, spec)
         pieces, sums = [], []
         for piece, key in self._pieces(slot, matrix, position):
             packed = dispatch.quantize(piece, spec, axis, key, scale, amax)

@@ -106,7 +106,7 @@ def multiplies_as(specs: Mapping[str, QuantSpec | None], leg: str, machine: Mach
 
 def _one_copy(specs: Mapping[str, QuantSpec | None], native: bool, turns: bool) -> bool:
     """Whether forward and backward read the same copy of a weight."""
-    if not same_both_ways(specs):
+    if not same_both_ways(specs["fprop.b"], specs["dgrad.b"]):
         return False
     one = specs["fprop.b"]
     return not native or turns and one is not None and one.block == "tensor"
