@@ -74,7 +74,7 @@ class Quantizers(Protocol):
 
     path: Callable[..., str]
     operand: Callable[..., Operand]
-    quantize: Callable[..., QuantizedTensor]
+    save: Callable[..., QuantizedTensor]
     amax: Callable[..., Tensor]
     decode: Callable[..., Operand]
 
@@ -203,7 +203,7 @@ class LowPrecisionLinear(nn.Module):
         ((piece, key),) = self._pieces(slot, matrix, position)  # x, whose columns are one run
         if amax is None:
             amax = self._amax(slot, matrix, position)
-        packed = self.shared.kernels.quantize(piece, spec, axis, key, self._encode_scale(kind, spec), amax)
+        packed = self.shared.kernels.save(piece, spec, axis, key, self._encode_scale(kind, spec), amax)
         self._record(kind, spec, packed.amax)
         return packed
 
@@ -356,7 +356,7 @@ class _Linear(torch.autograd.Function):
             del found  # memory for the codes
             packed = layer.pack("wgrad.b", matrix, shared.position, amax)
             # Tensors go through save_for_backward, so that activation recomputation can drop them.
-            ctx.packed = (packed.spec, packed.axis, packed.shape)
+            ctx.packed = (packed.spec, packed.axis, packed.shape, packed.upright)
             ctx.save_for_backward(packed.codes, packed.scales, packed.amax)
         else:
             if not layer.same["x"]:

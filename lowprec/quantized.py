@@ -1,7 +1,7 @@
 """`QuantizedTensor`: packed codes and scales of one matrix, and their decoding.
 
 Layout: the quantization axis is the last one of `codes` and `scales`: for axis 0 they are those of the transposed
-matrix, contiguous, as Transformer Engine's column-wise data.
+matrix, contiguous, as Transformer Engine's column-wise data. Upright ones (`dispatch.save`) lie as the matrix does.
 
     codes   [R, K] one element a byte; 4-bit formats two a byte, [R, ceil(K / 2)], the even index in the low nibble;
             formats wider than 8 bits: int32. K is the axis' length, rounded up to whole groups of a Hadamard rotation
@@ -78,7 +78,10 @@ def check_operand_dtype(spec: QuantSpec, dtype: torch.dtype) -> None:
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """See the page above; `shape` is the original matrix's, `axis` its quantization axis."""
+    """See the page above; `shape` is the original matrix's, `axis` its quantization axis.
+
+    upright: codes and scales are [rows, columns] of the matrix, whatever the axis; 4-bit ones two of a row a byte
+    """
 
     codes: Tensor
     scales: Tensor
@@ -86,6 +89,7 @@ class QuantizedTensor:
     spec: QuantSpec
     axis: Axis
     shape: tuple[int, int]
+    upright: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -94,19 +98,20 @@ class QuantizedTensor:
 
     def elements(self) -> Tensor:
         """Values of the elements alone, FP32 [R, K]."""
-        codes = self.codes
+        codes, turned = self.codes, self.axis == 0 and self.upright
         if self.spec.format.bits == 4:
-            length = self.shape[1] if self.axis == -1 else self.shape[0]
-            codes = unpack4(codes, length + -length % max(self.spec.hadamard, 1))
-        return decode(codes, self.spec.format)
+            length = self.shape[1] if self.axis == -1 or turned else self.shape[0]
+            codes = unpack4(codes, length if turned else length + -length % max(self.spec.hadamard, 1))
+        return decode(codes.T if turned else codes, self.spec.format)
 
     def block_scales(self) -> Tensor:
-        """Values of the scales, FP32, of the shape of `scales`."""
+        """Values of the scales, FP32, the quantization axis last."""
+        scales = self.scales.T if self.axis == 0 and self.upright else self.scales
         if self.spec.scale == "e8m0":
-            return power_of_code(self.scales.to(torch.int32))
+            return power_of_code(scales.to(torch.int32))
         if self.spec.scale in ("e4m3", "ue5m3"):
-            return decode(self.scales, scale_format(self.spec))
-        return self.scales
+            return decode(scales, scale_format(self.spec))
+        return scales
 
     def operand(self, dtype: torch.dtype = torch.bfloat16) -> Operand:
         """The GEMM operand, bit-equal to `lowprec.operand` of the same matrix.

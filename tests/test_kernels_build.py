@@ -43,11 +43,11 @@ def test_meta_shapes_are_the_real_ones() -> None:
             x = torch.ones(50, 70, dtype=torch.bfloat16)
             real, meta = (kernels.operand(t, spec, axis=axis, key=key).values for t in (x, x.to("meta")))
             assert meta.is_meta and (meta.shape, meta.dtype) == (real.shape, real.dtype)
-            packed = kernels.quantize(x, spec, axis=axis, key=key)
-            shadow = kernels.quantize(x.to("meta"), spec, axis=axis, key=key)
-            assert (packed.codes.shape, packed.scales.shape) == (shadow.codes.shape, shadow.scales.shape)
-            assert packed.scales.dtype == shadow.scales.dtype
-            assert kernels.unpack(packed).values.shape == kernels.unpack(shadow).values.shape
+            for function in (kernels.quantize, kernels.save):
+                packed, shadow = (function(t, spec, axis=axis, key=key) for t in (x, x.to("meta")))
+                assert (packed.codes.shape, packed.scales.shape) == (shadow.codes.shape, shadow.scales.shape)
+                assert packed.scales.dtype == shadow.scales.dtype
+                assert kernels.unpack(packed).values.shape == kernels.unpack(shadow).values.shape
 
 
 @needs_kernels

@@ -63,8 +63,15 @@ def compare(x: Tensor, spec: QuantSpec, axis: Axis) -> None:
             assert_same(packed.codes, true_packed.codes)
             assert_same(packed.scales, true_packed.scales)
             assert_same(packed.amax, true_packed.amax)
+            saved = kernels.save(x, spec, axis=axis, key=KEY)
+            assert_same(packed.elements(), saved.elements())
+            assert_same(packed.block_scales(), saved.block_scales())
+            assert saved.codes.is_contiguous() and saved.nbytes <= packed.nbytes + max(packed.codes.shape)
             for output, truth in zip(outputs, true_unpacked, strict=True):
-                for a, b in zip(kernels.unpack(packed, output), truth, strict=True):
+                for form in (packed, saved):
+                    for a, b in zip(kernels.unpack(form, output), truth, strict=True):
+                        assert_same(a, b)
+                for a, b in zip(saved.operand(output), truth, strict=True):
                     assert_same(a, b)
 
 
@@ -87,6 +94,9 @@ def test_wide_matrices(name: str, hadamard: int, axis: Axis, isa: str) -> None:
         assert_same(packed.codes, true_packed.codes)
         assert_same(packed.scales, true_packed.scales)
         assert_same(kernels.unpack(packed).values, truth.values)
+        saved = kernels.save(x, spec, axis=axis, key=KEY)
+        assert_same(kernels.unpack(saved).values, truth.values)
+        assert saved.codes.shape[0] == saved.operand().values.shape[0]
 
 
 def test_almost_everything_is_supported() -> None:

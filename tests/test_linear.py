@@ -106,7 +106,7 @@ def test_what_two_gemms_share_is_made_once_and_changes_nothing(name, pack_saved,
     def run() -> tuple[list[torch.Tensor], int]:
         calls = []
         model, precision = build(name, pack_saved=pack_saved)
-        for function in ("operand", "quantize"):
+        for function in ("operand", "save"):
             original = getattr(dispatch, function)
             monkeypatch.setattr(dispatch, function, lambda *a, f=original: calls.append(a[-1]) or f(*a))
         x = torch.randn(64, 128, generator=torch.Generator().manual_seed(1)).bfloat16().requires_grad_()

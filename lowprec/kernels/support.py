@@ -81,11 +81,14 @@ def _rule(spec: QuantSpec) -> int:
     return _RULES[spec.scale_rule] if spec.scale == "e8m0" else {"fp32": _FP32, "pow2": _POW2}[spec.scale]
 
 
-def _block(spec: QuantSpec, axis: Axis, packed: bool) -> tuple[int, int, bool]:
+Use = Literal["operand", "pack", "save"]  # values; codes, those of axis 0 transposed; codes as the matrix lies
+
+
+def _block(spec: QuantSpec, axis: Axis, use: Use) -> tuple[int, int, bool]:
     """Rows and columns of a block in the matrix's own orientation, and whether it is a part of a column."""
     if spec.block == "tensor":
         # the scale is known, blocks are only portions of work; transposed codes and rotated columns need columns
-        columns = axis == 0 and (packed or spec.hadamard > 0)
+        columns = axis == 0 and (use == "pack" or spec.hadamard > 0)
         return (128, 1, True) if columns else (1, 128, False)
     lines, along = spec.block
     assert isinstance(lines, int) and isinstance(along, int)
@@ -95,14 +98,14 @@ def _block(spec: QuantSpec, axis: Axis, packed: bool) -> tuple[int, int, bool]:
 
 
 @cache
-def integers(spec: QuantSpec, axis: Axis, use: Literal["operand", "pack"]) -> tuple[int, ...]:
+def integers(spec: QuantSpec, axis: Axis, use: Use) -> tuple[int, ...]:
     """`Spec` of cpu/ops.cpp. Only for what `supports` allows."""
     form = spec.format
     nan = -1 if form.nan is None else form.nan
     inf = (((1 << form.exponent) - 1) << form.mantissa) if form.special == "ieee" else -1
-    rows, cols, columns = _block(spec, axis, use == "pack")
+    rows, cols, columns = _block(spec, axis, use)
     return (
         *(form.mantissa, form.emin, form.bits - 1, nan, inf, int(form.twos_complement), _bits(form.max)),
         *(_rule(spec), form.emax, int(spec.scale == "pow2"), _bits(spec.scale_max), int(spec.three_quarters)),
-        *(rows, cols, int(columns), spec.hadamard),
+        *(rows, cols, int(columns), spec.hadamard, int(use == "save")),
     )

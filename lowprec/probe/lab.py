@@ -127,9 +127,9 @@ class Observed(LowPrecisionLinear):
         scale = self._encode_scale(kind, spec)
         pieces, sums = [], []
         for piece, key in self._pieces(slot, matrix, position):
-            packed = dispatch.quantize(piece, spec, axis, key, scale, amax)
+            packed = dispatch.save(piece, spec, axis, key, scale, amax)
             found = dispatch.decode(packed, self.decoded(spec), piece.dtype)
-            # In memory as in the run, whose GEMM adds in the same order then: packed inputs are decoded transposed.
+            # In memory as in the run, whose GEMM adds in the same order then: packed inputs may be decoded transposed.
             if slot != "wgrad.b" or not self.packs:
                 found = found._replace(values=found.values.contiguous())
             pieces.append(found)

@@ -166,12 +166,12 @@ def _quantization(op: Op) -> Callable[[], object]:
     columns = 256
     x = _values(max(numbers // columns // 128, 1) * 128, columns, width=2)
     scale = torch.ones(()) if spec.amax_history else None
-    packed = dispatch.quantize(x, spec, axis, key, scale)
+    packed = dispatch.save(x, spec, axis, key, scale)
     dtype = torch.bfloat16 if spec.exact_in_bf16 else torch.float32
     if op.kind == "decode":
         return lambda: dispatch.decode(packed, dtype, torch.bfloat16)
     if op.packed == sum(count for _, count in op.writes):
-        return lambda: dispatch.quantize(x, spec, axis, key, scale)
+        return lambda: dispatch.save(x, spec, axis, key, scale)
     return lambda: dispatch.operand(x, spec, axis, key, scale, dtype)
 
 

@@ -275,7 +275,7 @@ class Quantizers:
         self._trace.note("quantize", [x], [values], spec=spec, axis=axis, packed=_packed(spec, axis, x))
         return Operand(values, _scale_after(spec, axis, x), self._amax(spec, x))
 
-    def quantize(
+    def save(
         self,
         x: Tensor,
         spec: QuantSpec,

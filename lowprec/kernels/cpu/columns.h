@@ -1,7 +1,7 @@
 // Blocks that run down the columns, B x 1: the copy of a matrix that is quantized along its rows' index (wgrad).
 //
 // Lanes are columns, so maxima, scales and rotations need no shuffles. A strip of B rows is read twice from the
-// cache, once down the columns for the maxima, once along the rows for the result. Codes are wanted transposed:
+// cache, once down the columns for the maxima, once along the rows for the result. Where codes are wanted transposed,
 // those of a strip and of its scales are collected in a small tile, which is then turned and written in whole lines.
 #pragma once
 
@@ -18,13 +18,13 @@ struct Columns {
   int64_t strip;  // rows of an item of work
   int64_t chunk;  // columns of an item of work
   int64_t chunks;
-  CodeTile* tile = nullptr;  // where codes are wanted
+  CodeTile* tile = nullptr;  // where codes are wanted transposed
 
   explicit Columns(const Job& given) : job(given), scaler(given), grid(given.element) {
-    const bool codes = job.out_type == Type::kCode8 || job.out_type == Type::kCode4;
+    const bool turned = !job.upright && (job.out_type == Type::kCode8 || job.out_type == Type::kCode4);
     group = job.block_rows > job.hadamard ? job.block_rows : job.hadamard;
-    strip = codes ? kStripRows : group;
-    chunk = codes ? kTileCols : least(kStripCols, kMostElements / group);
+    strip = turned ? kStripRows : group;
+    chunk = turned ? kTileCols : least(kStripCols, kMostElements / group);
     chunks = (job.cols + chunk - 1) / chunk;
   }
   int64_t items() const { return (job.rows + strip - 1) / strip * chunks; }
@@ -77,7 +77,10 @@ static inline Care scale_columns(const Columns& plan, Rows<const In> x, int64_t 
       const BlockScale scale = scaler(amax[half]);
       store(encodes + c, scale.encode), store(decodes + c, scale.decode);
       scaler.doubt(doubts, seen[half], scale, stochastic);
-      if (wants_codes)
+      if (wants_codes && plan.job.upright)
+        scaler.store_codes(plan.job.scales, row / plan.job.block_rows * plan.job.scale_cols + col + c, scale.code,
+                           (int)least(plan.job.cols - col - c, kLanes));
+      else if (wants_codes)
         __builtin_memcpy(plan.tile->scales[row % plan.strip / plan.job.block_rows] + (col + c) % plan.chunk, &scale.code,
                          sizeof scale.code);
     }
@@ -151,6 +154,7 @@ static void columns_range(const Job& job, int64_t begin, int64_t end) {
   constexpr int64_t unit = least(2 * kLanes, 16) == 16 ? 2 * kLanes : 16;  // a counter's random bytes are not divided
   Columns plan(job);
   const Rows<const In> all_x{(const In*)job.x, bytes<In>(job.x_cols)};
+  const Rows<Out> all_out{(Out*)job.out, bytes<Out>(job.cols)};
   for (int64_t item = begin; item < end; item++) {
     const int64_t row = item / plan.chunks * plan.strip, col = item % plan.chunks * plan.chunk;
     const int64_t rows = least(job.rows - row, plan.strip), known = least(job.x_rows - row, rows);
@@ -162,7 +166,7 @@ static void columns_range(const Job& job, int64_t begin, int64_t end) {
       __builtin_memset(padded, 0, sizeof padded);
       for (int64_t r = 0; r < known; r++) __builtin_memcpy(padded + r * unit, x[r] + whole, bytes<In>(width - whole));
     }
-    if constexpr (sizeof(Out) == 1) {
+    if (sizeof(Out) == 1 && !job.upright) {
       CodeTile tile{};
       plan.tile = &tile;
       const Rows<Code8> codes{(Code8*)tile.codes, kTileCols};
@@ -173,13 +177,16 @@ static void columns_range(const Job& job, int64_t begin, int64_t end) {
       tile.write(job, rows, width, row, col);
       if (job.scales && job.scale.rule != Rule::kGiven) tile.write_scales(job, plan.scaler.wide, rows, width, row, col);
     } else {
-      const Rows<Out> out{(Out*)job.out + row * job.cols + col, bytes<Out>(job.cols)};
+      const Rows<Out> out{at(all_out[row], col), all_out.stride};
       if (whole) quantize_strip<kStochastic>(plan, x, out, known, rows, whole, row, col);
       if (whole == width) continue;
       Out aside[kStripRows * unit];
       const Rows<Out> aside_rows{aside, bytes<Out>(unit)};
       quantize_strip<kStochastic>(plan, rest, aside_rows, known, rows, unit, row, col + whole);
-      for (int64_t r = 0; r < rows; r++) __builtin_memcpy(out[r] + whole, aside_rows[r], bytes<Out>(width - whole));
+      for (int64_t r = 0; r < rows; r++) {
+        if (width % 2) clear_last(aside_rows[r], width - whole);
+        __builtin_memcpy(at(out[r], whole), aside_rows[r], bytes<Out>(width - whole));
+      }
     }
   }
 }

@@ -69,13 +69,14 @@ struct Rows {  // the rows of a matrix, `stride` bytes apart
 
 struct Job {
   const void* x;  // [x_rows, x_cols], kFloat or kBf16
-  void* out;      // values [rows, cols]; codes [rows, cols], of column blocks transposed: [cols, rows]
-  void* scales;   // codes of the blocks' scales, of column blocks transposed; null: not wanted
+  void* out;      // values [rows, cols]; codes [rows, cols], of column blocks transposed: [cols, rows], unless upright
+  void* scales;   // codes of the blocks' scales, of column blocks transposed, unless upright; null: not wanted
   int64_t x_rows, x_cols;
   int64_t rows, cols;  // of the result: rounded up to whole rotated groups
   int64_t scale_cols;  // of `scales` as it lies in memory
   Type in, out_type;
   bool columns;                    // blocks run down the columns: block_rows x 1
+  bool upright;                    // codes and scales of such are wanted as the matrix lies
   int64_t block_rows, block_cols;  // that share a scale
   int32_t hadamard;                // 0: none; along the blocks
   const float* signs;              // [hadamard]: +-1 / sqrt(hadamard)

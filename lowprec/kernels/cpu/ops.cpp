@@ -68,7 +68,7 @@ void set_isa(const std::string& name) {  // for tests
 struct Spec {  // in the order of the integers
   int64_t mantissa_bits, min_exponent, sign_bit, nan_code, inf_code, twos_complement, max_bits;
   int64_t rule, max_exponent, pow2, scale_max_bits, three_quarters;
-  int64_t block_rows, block_cols, columns, hadamard;
+  int64_t block_rows, block_cols, columns, hadamard, upright;
 };
 
 Spec parse(at::IntArrayRef values) {
@@ -100,7 +100,7 @@ Job job_of(const at::Tensor& x, const Spec& spec, const MaybeTensor& signs, cons
   job.x = x.const_data_ptr();
   job.in = type_of(x.scalar_type());
   job.x_rows = x.size(0), job.x_cols = x.size(1);
-  job.columns = spec.columns;
+  job.columns = spec.columns, job.upright = spec.upright;
   job.rows = round_up(job.x_rows, spec.columns ? spec.hadamard : 0);
   job.cols = round_up(job.x_cols, spec.columns ? 0 : spec.hadamard);
   job.block_rows = spec.block_rows, job.block_cols = spec.block_cols;
@@ -222,9 +222,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> pack(const at::Tensor
   Job job = job_of(x, spec, signs, random);
   const bool pairs = spec.sign_bit == 3, given = (Rule)spec.rule == Rule::kGiven;
   const bool wide = given || (Rule)spec.rule == Rule::kFp32 || (Rule)spec.rule == Rule::kPow2;
-  const int64_t lines = job.columns ? job.cols : job.rows, length = job.columns ? job.rows : job.cols;
-  const int64_t block_lines = job.columns ? job.block_cols : job.block_rows;
-  const int64_t block_length = job.columns ? job.block_rows : job.block_cols;
+  const bool turned = job.columns && !job.upright;
+  const int64_t lines = turned ? job.cols : job.rows, length = turned ? job.rows : job.cols;
+  const int64_t block_lines = turned ? job.block_cols : job.block_rows;
+  const int64_t block_length = turned ? job.block_rows : job.block_cols;
   at::Tensor codes = at::empty({lines, pairs ? (length + 1) / 2 : length}, x.options().dtype(at::kByte));
   const int64_t scale_lines = given ? 1 : (lines + block_lines - 1) / block_lines;
   job.scale_cols = given ? 1 : (length + block_length - 1) / block_length;
@@ -250,9 +251,9 @@ at::Tensor unpack(const at::Tensor& codes, const at::Tensor& scales, at::IntArra
   job.rows = codes.size(0), job.cols = length, job.scale_cols = scales.size(1);
   job.code_type = pairs ? Type::kCode4 : Type::kCode8;
   job.out_type = type_of(dtype);
-  // codes are kept with the quantization axis last
-  job.block_rows = spec.columns ? spec.block_cols : spec.block_rows;
-  job.block_cols = spec.columns ? spec.block_rows : spec.block_cols;
+  const bool turned = spec.columns && !spec.upright;  // codes are kept with the quantization axis last
+  job.block_rows = turned ? spec.block_cols : spec.block_rows;
+  job.block_cols = turned ? spec.block_rows : spec.block_cols;
   job.element = element_of(spec);
   job.rule = (Rule)spec.rule;
   const bool wide = job.rule == Rule::kFp32 || job.rule == Rule::kPow2;
