@@ -9,7 +9,7 @@ Five things that DCP does are not wanted here (torch 2.13):
 * Entries that are not tensors are pickles loaded with `weights_only=False`: we write none, and refuse to read one.
 * An error in one of the writer's threads ends that thread and the save goes on without its data, and a full disk
   surfaces as "unexpected pos": `Writer` has its own loop, which writes the same bytes.
-* It serializes each tensor anew in Python, half of what a save behind training took from it: `around` does it once.
+* It serializes each tensor anew in Python, in time that a save behind training takes from it: `around` does so once.
 * Its planner accepts a tensor that is only partly covered if a single process saves it: `SavePlanner` refuses.
 Source: torch/distributed/checkpoint/{filesystem,default_planner,planner_helpers,metadata}.py.
 """
@@ -197,7 +197,7 @@ class RestoringPlanner(DefaultLoadPlanner):
 def around(dtype: torch.dtype, shape: torch.Size) -> tuple[bytes, bytes]:
     """What torch.save writes before and after the bytes of a contiguous tensor: the same for all of a type and shape.
 
-    Without CRC, that is: the manifest has a hash. What is not touched here takes no memory.
+    Without CRC, that is, a setting of this thread alone: the manifest has a hash. What is not touched here takes no memory.
     """
     tensor = torch.empty(shape, dtype=dtype)
     with serialization.patch("save.compute_crc32", False):  # pyright: ignore[reportAttributeAccessIssue]

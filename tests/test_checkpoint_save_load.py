@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,22 @@ def test_a_tensor_is_written_as_torch_writes_it(dtype: torch.dtype, shape: tuple
             torch.save(tensor, stream)
         head, tail = dcp.around(dtype, tensor.shape)
         assert head + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() + tail == stream.getvalue()
+
+
+def test_threads_do_not_change_how_others_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each switches CRCs off for itself; here the later ones take longer."""
+    shapes = [torch.Size([size, 3]) for size in range(1, 9)]
+    alone = [dcp.around(torch.float32, shape) for shape in shapes]
+    original = torch.save
+
+    def slow(tensor: torch.Tensor, stream: io.RawIOBase) -> None:
+        time.sleep(0.02 * len(tensor))
+        original(tensor, stream)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(torch, "save", slow)
+    dcp.around.cache_clear()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda shape: dcp.around(torch.float32, shape), shapes)) == alone
 
 
 def _load_newest(rank: int, run_dir: Path, group: dist.ProcessGroup) -> tuple[int, int, dict[str, torch.Tensor]]:
