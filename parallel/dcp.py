@@ -197,7 +197,7 @@ class RestoringPlanner(DefaultLoadPlanner):
 def around(dtype: torch.dtype, shape: torch.Size) -> tuple[bytes, bytes]:
     """What torch.save writes before and after the bytes of a contiguous tensor: the same for all of a type and shape.
 
-    Without CRC, that is, a setting of this thread alone: the manifest has a hash. What is not touched here takes no memory.
+    Without CRC, that is (a setting of this thread alone): the manifest has a hash. What is not touched takes no memory.
     """
     tensor = torch.empty(shape, dtype=dtype)
     with serialization.patch("save.compute_crc32", False):  # pyright: ignore[reportAttributeAccessIssue]
