@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gzip
 import lzma
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -100,7 +101,12 @@ def look(tree: Any, path: tuple[str, ...]) -> Any:
 
 
 def same(given: Any, taken: Any) -> bool:
-    """Whether a value was taken as it was given; an integer may become the nearest float, no other number changes."""
+    """Whether a value was taken as it was given; an integer may become the nearest float, no other number changes.
+
+    What YAML writes for NaN and infinity is text to us, which a name may be.
+    """
+    if isinstance(given, float) and isinstance(taken, str):
+        return not math.isfinite(given) and taken == yaml.safe_dump(given).split()[0]
     if isinstance(given, bool) or isinstance(taken, bool):
         return given is taken
     if isinstance(given, list) and isinstance(taken, list):
