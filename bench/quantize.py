@@ -3,7 +3,8 @@
 Each figure is a multiple of the time of `Tensor.copy_` of the same BF16 matrix to a fresh tensor in the same process,
 from the fastest of many interleaved repetitions: a shared machine can only slow a repetition down. The plain names are
 operands (quantized and decoded to BF16, what a GEMM takes), `_pack` writes codes and scales (saved activations),
-`_unpack` reads them. With `--device cuda` the kernels are Triton's, and the matrix should be a large one:
+`_unpack` reads them; `_save` is what linears keep on a CPU, codes as the matrix lies. With `--device cuda` the kernels
+are Triton's, and the matrix should be a large one:
 
     mxfp8_row, mxfp8_col, ...    nearest; the amax of blocks needs no pass of its own
     nvfp4_row                    nearest, tensor amax given; `_amax`: found first, one more pass
@@ -63,6 +64,9 @@ def kernel_variants(x: Tensor) -> dict[str, Callable[[], object]]:
         if name in ("mxfp8_row", "mxfp8_col", "nvfp4_row", "nvfp4_col", "nvfp4_col_full", "fp8_row_amax"):
             variants[f"{name}_pack"] = partial(fused.quantize, x, spec, **call)
             variants[f"{name}_unpack"] = partial(fused.unpack, fused.quantize(x, spec, **call))
+            if not x.is_cuda and axis == 0:
+                variants[f"{name}_save"] = partial(fused.save, x, spec, **call)
+                variants[f"{name}_save_unpack"] = partial(fused.unpack, fused.save(x, spec, **call))
     variants["amax"] = partial(fused.amax, x)
     variants["amax_rotated_col"] = partial(fused.amax, x, CASES["nvfp4_col_full"][0], axis=0)
     return variants
