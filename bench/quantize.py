@@ -65,8 +65,8 @@ def kernel_variants(x: Tensor) -> dict[str, Callable[[], object]]:
             variants[f"{name}_pack"] = partial(fused.quantize, x, spec, **call)
             variants[f"{name}_unpack"] = partial(fused.unpack, fused.quantize(x, spec, **call))
             if not x.is_cuda and axis == 0:
-                variants[f"{name}_save"] = partial(fused.save, x, spec, **call)
-                variants[f"{name}_save_unpack"] = partial(fused.unpack, fused.save(x, spec, **call))
+                variants[f"{name}_save"] = partial(fused.quantize, x, spec, upright=True, **call)
+                variants[f"{name}_save_unpack"] = partial(fused.unpack, fused.quantize(x, spec, upright=True, **call))
     variants["amax"] = partial(fused.amax, x)
     variants["amax_rotated_col"] = partial(fused.amax, x, CASES["nvfp4_col_full"][0], axis=0)
     return variants

@@ -88,7 +88,7 @@ def save(
 ) -> QuantizedTensor:
     """`quantize`, in the layout that takes the least time to make and to `decode`."""
     if _path(x, spec, axis, key) == FUSED:
-        return kernels.save(x, spec, axis=axis, key=key, amax=amax, scale=encode_scale)
+        return kernels.quantize(x, spec, axis=axis, key=key, amax=amax, scale=encode_scale, upright=True)
     return quantize(x, spec, axis, key, encode_scale, amax)
 
 

@@ -84,4 +84,5 @@ class HandedFile(io.RawIOBase):
             self.record = self._aside.write(self._path, self._file, self._pieces, bytes(self._inline))
         finally:
             os.close(self._file)
-        assert self.record.size == self._size
+        if self.record.size != self._size:
+            raise RuntimeError(f"{self._path}: {self._size} bytes were handed over, {self.record.size} arrived")

@@ -7,8 +7,8 @@ a checkpoint.
 
     {"format": 2, "files": {".metadata": {"size": 2210, "xxh3_128": "9f..."}, "__0_0.distcp": {...}, ...}}
 
-XXH3 finds damage as surely as SHA-256 at a tenth of its cost, which a save behind training takes from training; neither
-would keep out who rewrites the manifest as well. Format 1 had SHA-256, and is still read.
+XXH3 is there to find damage, at a tenth of the cost of SHA-256, which a save behind training takes from training;
+neither would keep out who rewrites the manifest as well. Format 1 had SHA-256, and is still read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MANIFEST = "manifest.json"
 FORMAT = 2
 HASH = "xxh3_128"
 HASHES: dict[str, Callable[[], Any]] = {HASH: xxhash.xxh3_128, "sha256": hashlib.sha256}
-THREADS = 4  # hashing and fsync release the interpreter lock; one thread reads too little
+THREADS = 4  # hashing and fsync release the interpreter lock
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,10 @@ def test_meta_shapes_are_the_real_ones() -> None:
             x = torch.ones(50, 70, dtype=torch.bfloat16)
             real, meta = (kernels.operand(t, spec, axis=axis, key=key).values for t in (x, x.to("meta")))
             assert meta.is_meta and (meta.shape, meta.dtype) == (real.shape, real.dtype)
-            for function in (kernels.quantize, kernels.save):
-                packed, shadow = (function(t, spec, axis=axis, key=key) for t in (x, x.to("meta")))
+            for upright in (False, True):
+                packed, shadow = (
+                    kernels.quantize(t, spec, axis=axis, key=key, upright=upright) for t in (x, x.to("meta"))
+                )
                 assert (packed.codes.shape, packed.scales.shape) == (shadow.codes.shape, shadow.scales.shape)
                 assert packed.scales.dtype == shadow.scales.dtype
                 assert kernels.unpack(packed).values.shape == kernels.unpack(shadow).values.shape

@@ -26,7 +26,7 @@ from lowprec.kernels.support import supports as _supports
 from lowprec.philox import RandomKey
 from lowprec.quantized import Axis, Operand, QuantizedTensor, check_operand_dtype, in_epilogue
 
-__all__ = ["amax", "available", "operand", "quantize", "save", "supports", "unavailable_because", "unpack"]
+__all__ = ["amax", "available", "operand", "quantize", "supports", "unavailable_because", "unpack"]
 
 
 @cache
@@ -152,12 +152,20 @@ def quantize(
     key: RandomKey | None = None,
     amax: Tensor | None = None,
     scale: Tensor | None = None,
+    upright: bool = False,
 ) -> QuantizedTensor:
-    """Quantize into packed codes and scales; equal to `reference.quantize`. Arguments as `operand`."""
-    codes, scales, found = _packed(x, spec, _call(spec, axis, "pack"), key, amax, scale)
+    """Quantize into packed codes and scales; equal to `reference.quantize`. Arguments as `operand`.
+
+    upright: in the layout of that name (`QuantizedTensor`), which takes less time to make and to decode
+    """
+    call = _call(spec, axis, "save" if upright else "pack")
+    signs, random = call.drawn(spec, key)
+    codes, scales, _, found = torch.ops.lowprec_cpu.pack.default(
+        x.contiguous(), amax, scale, signs, random, call.integers
+    )
     rows, cols = x.shape
     # square blocks need no columns: what they give along the rows is turned afterwards
-    turn = axis == 0 and isinstance(spec.block, tuple) and spec.block[0] != 1
+    turn = axis == 0 and not upright and isinstance(spec.block, tuple) and spec.block[0] != 1
     if turn and spec.format.bits == 4:
         one_a_byte = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)[:, :cols].T
         one_a_byte = torch.nn.functional.pad(one_a_byte, (0, rows % 2))
@@ -166,31 +174,7 @@ def quantize(
         codes = codes.T
     if turn:
         codes, scales = codes.contiguous(), scales.T.contiguous()
-    return QuantizedTensor(codes, scales, found, spec, axis, (rows, cols))
-
-
-def save(
-    x: Tensor,
-    spec: QuantSpec,
-    *,
-    axis: Axis = -1,
-    key: RandomKey | None = None,
-    amax: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> QuantizedTensor:
-    """`quantize`, but upright, which takes less time to make and to decode."""
-    codes, scales, found = _packed(x, spec, _call(spec, axis, "save"), key, amax, scale)
-    return QuantizedTensor(codes, scales, found, spec, axis, (x.shape[0], x.shape[1]), upright=True)
-
-
-def _packed(
-    x: Tensor, spec: QuantSpec, call: _Call, key: RandomKey | None, amax: Tensor | None, scale: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    signs, random = call.drawn(spec, key)
-    codes, scales, _, found = torch.ops.lowprec_cpu.pack.default(
-        x.contiguous(), amax, scale, signs, random, call.integers
-    )
-    return codes, scales, found if call.has_amax else None
+    return QuantizedTensor(codes, scales, found if call.has_amax else None, spec, axis, (rows, cols), upright)
 
 
 def unpack(packed: QuantizedTensor, dtype: torch.dtype = torch.bfloat16) -> Operand:
