@@ -27,10 +27,14 @@ from model.norm import DTYPES
 
 
 def rotary_table(positions: Tensor, head_size: int, theta: float) -> Tensor:
-    """Cosines and sines of every angle: positions [..., S] -> FP32 [2, ..., S, 1, head_size / 2]."""
-    exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=positions.device) / head_size
-    angles = positions[..., None, None].float() * (1.0 / theta**exponents)
-    return torch.stack((angles.cos(), angles.sin()))
+    """Cosines and sines of every angle: positions [..., S] -> FP32 [2, ..., S, 1, head_size / 2].
+
+    Angles are FP32 numbers, as elsewhere; powers, cosines and sines are computed in FP64 and rounded once. In FP32 the
+    first call of a process, with two threads beside other load, could give other last bits than later calls.
+    """
+    exponents = torch.arange(0, head_size, 2, dtype=torch.float64, device=positions.device) / head_size
+    angles = positions[..., None, None].float() * (1.0 / theta**exponents).float()
+    return torch.stack((angles.double().cos(), angles.double().sin())).float()
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -59,6 +60,17 @@ def test_rotation_is_complex_multiplication():
     want = torch.cat((turned.real, turned.imag), dim=-1)
     got = rotate(x.float(), rotary_table(positions, 8, 500.0))
     torch.testing.assert_close(got, want.float(), atol=2e-5, rtol=0)
+
+
+def test_rotary_angles_are_rounded_once() -> None:
+    """Numbers of Python's own library, rounded to FP32: no vector library decides the last bit."""
+    positions, size, theta = torch.arange(0, 9000, 7), 8, 500.0
+    got = rotary_table(positions, size, theta).squeeze(2)
+    inverse = torch.tensor([1.0 / theta ** (i / size) for i in range(0, size, 2)], dtype=torch.float64).float()
+    angles = positions[:, None].float() * inverse
+    for part, function in zip(got, (math.cos, math.sin), strict=True):
+        exact = torch.tensor([[function(a) for a in row] for row in angles.tolist()], dtype=torch.float64)
+        assert torch.equal(part, exact.float())
 
 
 def test_grouped_attention_is_plain_attention_with_repeated_heads():
