@@ -18,9 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from errors import UsageError
-from lowprec.linear import LowPrecisionLinear, Place, Shared, place_problems, specs_of
+from lowprec.linear import LowPrecisionLinear, Shared
 from lowprec.philox import StepContext
 from lowprec.policy import GEMMS, Phase, Policy, PrecisionConfig, Slots, describe, kept, table_to_dict, together
+from lowprec.slots import Place, place_problems, specs_of
 
 
 class Swap(Protocol):

@@ -31,46 +31,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from errors import UsageError
-from lowprec import dispatch
+from lowprec import dispatch, kernels
 from lowprec.delayed import DelayedScale
 from lowprec.formats import QuantSpec
 from lowprec.philox import RandomKey, StepContext
-from lowprec.policy import GEMMS, Slots
-from lowprec.quantized import Axis, Operand, QuantizedTensor, block_of
-
-# slot -> (which matrix, the axis that its GEMM reduces)
-SLOT_AXES: dict[str, tuple[str, Axis]] = {
-    "fprop.a": ("x", -1),
-    "fprop.b": ("w", -1),
-    "dgrad.a": ("dy", -1),
-    "dgrad.b": ("w", 0),
-    "wgrad.a": ("dy", 0),
-    "wgrad.b": ("x", 0),
-}
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which part of the logical linear this rank has.
-
-    outputs: the output features, rows of w and columns of dy, as runs of the logical ones: (first, count)
-    inputs:  the input features, columns of x and w: (first, count)
-    split:   the matrices of which other ranks have other parts: "x", "w", "dy"
-    group:   those ranks
-    """
-
-    outputs: tuple[tuple[int, int], ...]
-    inputs: tuple[int, int]
-    split: frozenset[str]
-    group: dist.ProcessGroup | None
-
-    def columns(self, kind: str) -> tuple[tuple[int, int], ...]:
-        """Runs of logical columns that the matrix `kind` has here."""
-        return self.outputs if kind == "dy" else (self.inputs,)
+from lowprec.policy import Slots
+from lowprec.quantized import Beside, Operand, Quantization, QuantizedTensor
+from lowprec.slots import SLOT_AXES, Place, same_amax, same_both_ways, specs_of
 
 
 class Quantizers(Protocol):
-    """The functions of lowprec/dispatch.py that a linear calls."""
+    """The functions of lowprec/dispatch.py that a linear calls, of which others may stand in: all but `product`."""
 
     path: Callable[..., str]
     operand: Callable[..., Operand]
@@ -112,6 +83,7 @@ class LowPrecisionLinear(nn.Module):
     """Drop-in for an nn.Linear: same parameters under the same names."""
 
     shares = True  # one operand for two GEMMs, where it is the same numbers
+    streams = True  # `product` need not call `operand` and `multiply`: False where those are watched or replaced
 
     def __init__(self, linear: nn.Linear, name: str, slots: Slots, shared: Shared, place: Place | None = None) -> None:
         super().__init__()
@@ -207,6 +179,78 @@ class LowPrecisionLinear(nn.Module):
         self._record(kind, spec, packed.amax)
         return packed
 
+    def product(
+        self,
+        gemm: str,
+        matrix: Tensor,
+        position: StepContext,
+        bias: Tensor | None = None,
+        *,
+        beside: str | None = None,
+        pack: bool = False,
+        training: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Operand | QuantizedTensor | None]:
+        """Multiply a matrix, quantized for its slot in fprop or dgrad, with the weight, and quantize it for `beside`.
+
+        beside: the matrix's slot in wgrad; None: not wanted. pack: to be decoded later
+
+        Returns the product, the amax by which wgrad may scale the matrix, and what it is for `beside`.
+        """
+        kind, right = SLOT_AXES[f"{gemm}.a"][0], self.weight_operand(f"{gemm}.b")
+        if self.streams and (made := self._streamed(gemm, matrix, position, right, bias, beside, pack, training)):
+            return made
+        left = self.operand(f"{gemm}.a", matrix, position, training=training)
+        y, amax = self.multiply(gemm, left, right, bias), left.amax if self.same_amax[kind] else None
+        if beside is None:
+            return y, amax, None
+        if self.same[kind] and not pack:
+            return y, amax, left
+        del left  # memory for the other
+        make = self.pack if pack else self.operand
+        return y, amax, make(beside, matrix, position, amax=amax)
+
+    def _streamed(
+        self,
+        gemm: str,
+        matrix: Tensor,
+        position: StepContext,
+        right: Operand,
+        bias: Tensor | None,
+        beside: str | None,
+        pack: bool,
+        training: bool,
+    ) -> tuple[Tensor, Tensor | None, Operand | QuantizedTensor | None] | None:
+        """`product` by one kernel; None where there is none."""
+        slot, shared = f"{gemm}.a", self.shared
+        if shared.gemm_dtype != torch.float32 or shared.quantizers is not None or matrix.dtype != self.weight.dtype:
+            return None
+        kind = SLOT_AXES[slot][0]
+        keep = beside is not None and self.same[kind] and not pack
+        slots = [slot] if beside is None or keep else [slot, beside]
+        wanted = [found for each in slots if (found := self._quantization(each, matrix, position))]
+        if len(wanted) < len(slots) or not dispatch.streams(matrix, right, *wanted):
+            return None
+        left, other = wanted[0]._replace(amax=self._amax(slot, matrix, position)), None
+        if len(wanted) == 2 and beside is not None:
+            share = self.same_amax[kind] and not left.spec.amax_history  # of which the amax is seen only in passing
+            amax = None if share else self._amax(beside, matrix, position)
+            other = Beside(wanted[1]._replace(amax=amax), pack, share)
+        made = kernels.product(matrix, left, right, turned=gemm == "fprop", bias=bias, keep=keep, beside=other)
+        self.count(gemm, torch.float32)
+        if training:
+            self._record(kind, left.spec, made.left.amax)
+        if other is not None and made.beside is not None:
+            self._record(kind, other.how.spec, made.beside.amax)
+        return made.y, made.left.amax if self.same_amax[kind] else None, made.left if keep else made.beside
+
+    def _quantization(self, slot: str, matrix: Tensor, position: StepContext) -> Quantization | None:
+        """How a slot quantizes its matrix, but for its amax; None: not at all, or in pieces."""
+        spec, (kind, axis) = self.specs[slot], SLOT_AXES[slot]
+        pieces = [] if spec is None else self._pieces(slot, matrix, position)
+        if spec is None or len(pieces) != 1:
+            return None
+        return Quantization(spec, axis, pieces[0][1], self._encode_scale(kind, spec))
+
     def _amax(self, slot: str, matrix: Tensor, position: StepContext) -> Tensor | None:
         """The amax of a matrix of which ranks have parts, if its format scales by it; else None: found on the way."""
         spec, (kind, axis), place = self.specs[slot], SLOT_AXES[slot], self.place
@@ -295,49 +339,6 @@ class LowPrecisionLinear(nn.Module):
         self.ran.add(gemm)
 
 
-def same_both_ways(one: QuantSpec | None, other: QuantSpec | None) -> bool:
-    """Whether a matrix quantized to one along its rows and to the other along its columns gives the same numbers."""
-    if one is None or one != other or one.hadamard or one.rounding == "stochastic":
-        return False
-    return one.block == "tensor" or isinstance(one.block, tuple) and one.block[0] == one.block[1]
-
-
-def same_amax(one: QuantSpec | None, other: QuantSpec | None) -> bool:
-    """Whether both scale a matrix by its own amax, which is then found once."""
-    plain = (s is not None and s.takes_amax and not s.hadamard and not s.row_amax for s in (one, other))
-    return all(plain)
-
-
-def specs_of(slots: Slots) -> dict[str, QuantSpec | None]:
-    """Slot -> what it quantizes to; None: nothing."""
-    return {f"{gemm}.{side}": getattr(getattr(slots, gemm), side) for gemm in GEMMS for side in ("a", "b")}
-
-
-def place_problems(slots: Slots, place: Place) -> list[str]:
-    """What of a linear's quantization would differ from that of the whole matrix; empty if nothing would."""
-    found, specs = [], specs_of(slots)
-    for slot, (kind, axis) in SLOT_AXES.items():
-        spec = specs[slot]
-        if spec is None or kind not in place.split:
-            continue
-        along_features = kind == "w" or axis == -1
-        if spec.row_amax or along_features and (spec.block == "row" or spec.block == "tensor" and not spec.takes_amax):
-            found.append(f"{slot} has scales of whole lines, of which each rank has a part; set tp to 1")
-            continue
-        down, across = block_of(spec, axis, 1, 1)
-        runs = {1: place.columns(kind), 0: place.outputs if kind == "w" else ()}
-        unit = {0: down, 1: across}
-        unit[axis % 2] = math.lcm(unit[axis % 2], spec.hadamard or 1)
-        for dimension, parts in runs.items():
-            if cut := [n for run in parts for n in run if n % unit[dimension]]:
-                found.append(
-                    f"{slot} has blocks of {unit[dimension]} features, but a rank's part begins or ends "
-                    f"at {cut[0]}; choose a smaller parallel.tp, or sizes that divide"
-                )
-                break
-    return found
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -346,23 +347,19 @@ class _Linear(torch.autograd.Function):
         shared, matrix = layer.shared, x.reshape(-1, layer.in_features)
         ctx.layer, ctx.position, ctx.shape = layer, shared.position, x.shape
         ctx.deferred, ctx.has_bias = shared.deferred, bias is not None
-        found = layer.operand("fprop.a", matrix, shared.position, training=training)
-        y = layer.multiply("fprop", found, layer.weight_operand("fprop.b"), bias)
-        amax = found.amax if layer.same_amax["x"] else None
+        saving = training and weight.requires_grad
+        pack = layer.specs["wgrad.b"] is not None and shared.pack_saved
+        beside = "wgrad.b" if saving else None
+        y, _, saved = layer.product(
+            "fprop", matrix, shared.position, bias, beside=beside, pack=saving and pack, training=training
+        )
         ctx.packed = None
-        if not (training and weight.requires_grad):
-            return y.view(*x.shape[:-1], layer.out_features)
-        if layer.specs["wgrad.b"] is not None and shared.pack_saved:
-            del found  # memory for the codes
-            packed = layer.pack("wgrad.b", matrix, shared.position, amax)
-            # Tensors go through save_for_backward, so that activation recomputation can drop them.
-            ctx.packed = (packed.spec, packed.axis, packed.shape, packed.upright)
-            ctx.save_for_backward(packed.codes, packed.scales, packed.amax)
-        else:
-            if not layer.same["x"]:
-                del found
-                found = layer.operand("wgrad.b", matrix, shared.position, amax=amax)
-            ctx.save_for_backward(*found)
+        # Tensors go through save_for_backward, so that activation recomputation can drop them.
+        if isinstance(saved, QuantizedTensor):
+            ctx.packed = (saved.spec, saved.axis, saved.shape, saved.upright)
+            ctx.save_for_backward(saved.codes, saved.scales, saved.amax)
+        elif saved is not None:
+            ctx.save_for_backward(*saved)
         return y.view(*x.shape[:-1], layer.out_features)
 
     @staticmethod
@@ -371,11 +368,10 @@ class _Linear(torch.autograd.Function):
         dy = gradients[0].reshape(-1, layer.out_features)
         dx = dw = db = amax = found = None
         if ctx.needs_input_grad[0]:
-            found = layer.operand("dgrad.a", dy, ctx.position)
-            dx = layer.multiply("dgrad", found, layer.weight_operand("dgrad.b")).view(ctx.shape)
-            amax = found.amax if layer.same_amax["dy"] else None
-            if not layer.same["dy"] or ctx.deferred is not None:  # a queue keeps dy rather than what is decoded of it
-                found = None
+            # a queue keeps dy rather than what is decoded of it
+            beside = "wgrad.a" if ctx.needs_input_grad[1] and ctx.deferred is None else None
+            dx, amax, found = layer.product("dgrad", dy, ctx.position, beside=beside)
+            dx = dx.view(ctx.shape)
         if ctx.needs_input_grad[1]:
             saved, packed, position = ctx.saved_tensors, ctx.packed, ctx.position
 
@@ -385,6 +381,7 @@ class _Linear(torch.autograd.Function):
                     whole = QuantizedTensor(*saved, *packed)
                     x = layer.shared.kernels.decode(whole, layer.decoded(whole.spec), layer.weight.dtype)
                 a = layer.operand("wgrad.a", dy, position, amax=amax) if found is None else found
+                assert isinstance(a, Operand)
                 return layer.multiply("wgrad", a, x)
 
             if ctx.deferred is None:

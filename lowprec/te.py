@@ -33,9 +33,10 @@ from torch import Tensor, nn
 from transformer_engine.common import recipe as recipes  # pyright: ignore[reportMissingImports]
 
 from errors import UsageError
-from lowprec.linear import SLOT_AXES, LowPrecisionLinear, Place, Shared
+from lowprec.linear import LowPrecisionLinear, Shared
 from lowprec.native import DELAYED, Native, native
 from lowprec.policy import Slots
+from lowprec.slots import SLOT_AXES, Place
 
 # tensor of a QuantizerRole -> the slots that its rows and its columns are quantized for
 SLOTS = {

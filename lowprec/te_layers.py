@@ -37,9 +37,10 @@ from torch import Tensor, nn
 from lowprec import dispatch
 from lowprec.apply import put
 from lowprec.joints import Computes, Core, Joint, NormLinear, NormMLP, Passed
-from lowprec.linear import SLOT_AXES, LowPrecisionLinear, Place, Shared
+from lowprec.linear import LowPrecisionLinear, Shared
 from lowprec.philox import StepContext
 from lowprec.policy import Slots
+from lowprec.slots import SLOT_AXES, Place
 from lowprec.te import Part, recipe_of
 
 WGRADS = {"wgrad_gemm": 0, "fc1_wgrad_gemm": 0, "fc2_wgrad_gemm": 1}  # name of its closures -> which part

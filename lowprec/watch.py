@@ -26,9 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.joints import Computes, Passed
-from lowprec.linear import SLOT_AXES, LowPrecisionLinear, Shared
+from lowprec.linear import LowPrecisionLinear, Shared
 from lowprec.philox import StepContext
 from lowprec.quantized import Operand
+from lowprec.slots import SLOT_AXES
 
 
 @dataclass(frozen=True, order=True)
@@ -186,7 +187,8 @@ def _watched_gemms(watch: Watch, layer: Any, within: str | None) -> Iterator[Non
     within: the layer that multiplies for it, and asks for operands alone; None: it does so itself
     """
     multiply, operand = layer.multiply, layer.operand
-    kept = {key: layer.__dict__[key] for key in ("multiply", "operand") if key in layer.__dict__}
+    changed = ("multiply", "operand", "streams")
+    kept = {key: layer.__dict__[key] for key in changed if key in layer.__dict__}
     rows: dict[str, int] = {}  # GEMM -> row of the micro-batch whose operand was made last
 
     def watched_multiply(gemm: str, a: Operand, b: Operand, bias: Tensor | None = None) -> Tensor:
@@ -212,10 +214,10 @@ def _watched_gemms(watch: Watch, layer: Any, within: str | None) -> Iterator[Non
             watch.check([made.values, made.scale], layer.name, gemm, f"quantized operand {side}", position.row)
         return made
 
-    layer.multiply, layer.operand = watched_multiply, watched_operand
+    layer.multiply, layer.operand, layer.streams = watched_multiply, watched_operand, False
     try:
         yield
     finally:
-        for key in ("multiply", "operand"):
+        for key in changed:
             del layer.__dict__[key]
         layer.__dict__.update(kept)

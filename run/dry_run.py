@@ -22,9 +22,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from errors import UsageError
 from lowprec.apply import Precision
 from lowprec.backend import reasons_of_the_recipe
-from lowprec.linear import SLOT_AXES, specs_of
 from lowprec.policy import brief
 from lowprec.quantized import block_of
+from lowprec.slots import SLOT_AXES, specs_of
 from lowprec.zero import ZeroPlan, check_states, partition_size
 from model.weights import parameter_shapes
 from parallel.mesh import Mesh, ParallelConfig, build_mesh

@@ -27,8 +27,8 @@ from lowprec.apply import Precision, RunFacts, phases
 from lowprec.backend import Backend, Situation, choose
 from lowprec.engine import Engine
 from lowprec.fragments import Fragment, Shard, matrix_shape
-from lowprec.linear import Place
 from lowprec.payload import Payload, parse_payload
+from lowprec.slots import Place
 from lowprec.zero import Layout, ZeroPlan, build_engine
 from model.block import Block
 from model.init import initial_range

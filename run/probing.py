@@ -31,12 +31,12 @@ from torch import Tensor
 
 from data.stream import Batch
 from errors import UsageError
-from lowprec.linear import SLOT_AXES, specs_of
 from lowprec.policy import words_of
 from lowprec.probe.damage import THRESHOLD, legs, shown, weights
 from lowprec.probe.lab import Lab, Sample, Wanted
 from lowprec.probe.statistics import root_ratio
 from lowprec.probe.te_debug import Bound, bind, parse
+from lowprec.slots import SLOT_AXES, specs_of
 from parallel.tensor import exact_inputs
 from recipe import load_policy
 from run.local import uncompiled

@@ -27,6 +27,7 @@ def plant(fault: str, rank: int) -> None:
         return product
 
     LowPrecisionLinear.multiply = multiply  # pyright: ignore[reportAttributeAccessIssue]
+    LowPrecisionLinear.streams = False
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lowprec.formats import SPECS, QuantSpec, resolve_spec
-from lowprec.linear import specs_of
 from lowprec.philox import RandomKey
+from lowprec.slots import specs_of
 from recipe import POLICIES, load_policy
 
 KEY = RandomKey(seed=3, tensor="layers.0.mlp.down", slot="dgrad.a", step=7, row=2**33 + 5, column=32)

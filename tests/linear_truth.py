@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lowprec import StepContext
-from lowprec.linear import SLOT_AXES, LowPrecisionLinear, Shared
+from lowprec.linear import LowPrecisionLinear, Shared
 from lowprec.policy import GEMMS, Slots
+from lowprec.slots import SLOT_AXES
 from recipe import load_policy
 
 NAME = "layers.0.mlp"

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowprec.linear import LowPrecisionLinear, Place
+from lowprec.linear import LowPrecisionLinear
 from lowprec.philox import StepContext
 from lowprec.policy import Slots
+from lowprec.slots import Place
 from tests import te_cpu
 from tests.linear_truth import EXACT, INPUTS, NAME, OUTPUTS, distance, draw, one_ulp, shared
 

@@ -14,8 +14,8 @@ import recipe as recipes
 from errors import UsageError
 from lowprec import StepContext, dispatch, linear, reference
 from lowprec.apply import Precision, RunFacts
-from lowprec.linear import SLOT_AXES
 from lowprec.policy import Policy, PrecisionConfig, parse
+from lowprec.slots import SLOT_AXES
 
 PRESETS = ("mxfp8", "nvfp4", "fp8_current", "fp8_delayed", "fp8_block", "fp8_lm", "mxfp4")
 FACTS = RunFacts(seed=3, steps=100, tokens_per_step=64)

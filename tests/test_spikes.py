@@ -210,8 +210,8 @@ def _plant(case: Case, module: str, where: str) -> Callable[[], object]:
     if isinstance(target, LowPrecisionLinear):
         right = target.multiply
         wrong = lambda gemm, *rest: spoilt(right(gemm, *rest)) if gemm == where else right(gemm, *rest)  # noqa: E731
-        vars(target)["multiply"] = wrong
-        return lambda: vars(target).pop("multiply")
+        vars(target).update(multiply=wrong, streams=False)
+        return lambda: [vars(target).pop(name) for name in ("multiply", "streams")]
     if where == "wgrad":
         return target.weight.register_hook(spoilt).remove
     if where == "dgrad":

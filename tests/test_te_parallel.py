@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowprec.joints import NormLinear
-from lowprec.linear import Place, Shared
+from lowprec.linear import Shared
+from lowprec.slots import Place
 from tests.linear_truth import INPUTS, OUTPUTS, TOKENS, distance, draw, emulated, shared, slots_of
 from tests.spawn import run_ranks
 from tests.te_case import check_all, ours, products, recipes, te_layers

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lowprec.fragments import Shard, matrix_shape
-from lowprec.linear import SLOT_AXES, LowPrecisionLinear, Place, Shared, place_problems
+from lowprec.linear import LowPrecisionLinear, Shared
 from lowprec.philox import StepContext
 from lowprec.policy import Slots
+from lowprec.slots import SLOT_AXES, Place, place_problems
 from parallel import communication
 from parallel.tensor import shard_of
 from recipe import load_policy

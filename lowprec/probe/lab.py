@@ -29,11 +29,12 @@ from errors import UsageError
 from lowprec import dispatch
 from lowprec.apply import Precision, refuse_misfits
 from lowprec.formats import QuantSpec
-from lowprec.linear import SLOT_AXES, LowPrecisionLinear, Place, Shared
+from lowprec.linear import LowPrecisionLinear, Shared
 from lowprec.philox import StepContext
 from lowprec.policy import GEMMS, HIGH, Slots
 from lowprec.probe.statistics import OperandSums, TensorSums, blockwise_range
 from lowprec.quantized import Operand
+from lowprec.slots import SLOT_AXES, Place
 
 LINES = 64
 # tensor of Transformer Engine's features -> the slot, or the GEMM, where it is seen
@@ -74,7 +75,7 @@ class Wanted:
 class Observed(LowPrecisionLinear):
     """Computes as the linear that it is made from would under `slots`, and measures. Records no amax."""
 
-    shares = False  # every slot is looked at
+    shares = streams = False  # every slot is looked at
     sample: Sample
     wanted: Wanted
     packs: bool  # whether the run keeps inputs packed

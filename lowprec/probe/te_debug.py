@@ -26,10 +26,10 @@ from typing import Any
 
 from errors import UsageError
 from lowprec.formats import SPECS, QuantSpec
-from lowprec.linear import specs_of
 from lowprec.policy import Slots
 from lowprec.probe.lab import PRODUCTS, TENSORS, Sample, Wanted
 from lowprec.probe.statistics import OperandSums
+from lowprec.slots import specs_of
 
 PLAIN = ("min", "max", "mean", "std", "l1_norm", "l2_norm", "cur_amax", "dynamic_range")
 BLOCKWISE = "max_blockwise_dynamic_range"

@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lowprec.formats import QuantSpec
-from lowprec.linear import same_both_ways
 from lowprec.quantized import Axis
+from lowprec.slots import same_both_ways
 from report.plan.hardware import Machine
 
 ELEMENTS = {8: "fp8", 6: "fp6", 4: "fp4"}  # bits of a floating-point element -> the multiplication that takes it

@@ -98,9 +98,11 @@ static inline void round_columns(const Columns& plan, Rows<const In> x, Rows<Out
   for (int64_t r = 0; r < rows; r++) {
     const In* from = x[r];
     Out* to = out[r];
-    for (int64_t c = 0; c < cols; c += 2 * kLanes)
-      store_pair(to + c, round(load(from + c), load(binades + c)),
-                 round(load(from + c + kLanes), load(binades + c + kLanes)));
+    for (int64_t c = 0; c < cols; c += 2 * kLanes) {
+      const F pair[2] = {load(from + c), load(from + c + kLanes)};
+      const I smallest[2] = {load(binades + c), load(binades + c + kLanes)};
+      emit_in_place(at(to, c), round, pair, smallest);
+    }
   }
 }
 
@@ -110,7 +112,7 @@ static void quantize_columns(const Columns& plan, Rows<const In> x, Rows<Out> ou
                              int64_t col) {
   float encodes[kStripCols], decodes[kStripCols];
   const Care care = scale_columns(plan, x, rows, cols, row, col, kStochastic, encodes, decodes);
-  if constexpr (!kStochastic && sizeof(Out) > 1) {
+  if constexpr (!kStochastic) {
     if (care == Care::kNone && plan.scaler.power_of_two) return round_columns(plan, x, out, rows, cols, decodes);
   }
   uint8_t random[kStochastic ? kStripCols + 16 * kLanes : 1];

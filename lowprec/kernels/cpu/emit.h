@@ -44,6 +44,17 @@ struct Emit {
   }
 };
 
+// The same step for numbers that are rounded in place.
+template <class Out>
+static LOWPREC_INLINE void emit_in_place(Out* out, const RoundInPlace& round, const F x[2], const I smallest[2]) {
+  store_pair(out, round(x[0], smallest[0]), round(x[1], smallest[1]));
+}
+static LOWPREC_INLINE void emit_in_place(Code8* out, const RoundInPlace& round, const F x[2], const I smallest[2]) {
+  for (int i = 0; i < 2; i++) store_bytes(&out->bits + i * kLanes, round.code(x[i], smallest[i]));
+}
+static LOWPREC_INLINE void emit_in_place(Code4* out, const RoundInPlace& round, const F x[2], const I smallest[2]) {
+  for (int i = 0; i < 2; i++) store_nibbles(&out->bits + i * kLanes / 2, round.code(x[i], smallest[i]));
+}
 // Calls run(emit) with the cheapest form that is right.
 template <bool kStochastic, class Out, class Run>
 static LOWPREC_INLINE void with_emit(const Grid& grid, Care care, bool two_level, const Run& run) {

@@ -87,10 +87,20 @@ static LOWPREC_INLINE I code_on_grid(const Grid& grid, F v, F random) {
 // smallest_binade: the grid's, times the scale. Nothing may saturate. The 1.5 in magic serves both signs.
 struct RoundInPlace {
   I to_magic;
-  explicit RoundInPlace(const Grid& grid) : to_magic(grid.to_magic + splat(1 << 22)) {}
+  int shift, sign_bit;
+  explicit RoundInPlace(const Grid& grid)
+      : to_magic(grid.to_magic + splat(1 << 22)), shift(23 - grid.element.mantissa_bits), sign_bit(grid.element.sign_bit) {}
+
+  static LOWPREC_INLINE I binade_of(F v, I smallest_binade) { return max((I)v & splat(0x7f800000), smallest_binade); }
   LOWPREC_INLINE F operator()(F v, I smallest_binade) const {
-    const F magic = (F)(max((I)v & splat(0x7f800000), smallest_binade) + to_magic);
+    const F magic = (F)(binade_of(v, smallest_binade) + to_magic);
     return (F)((I)((v + magic) - magic) | sign(v));
+  }
+  LOWPREC_INLINE I code(F v, I smallest_binade) const {  // sign and magnitude
+    const I binade = binade_of(v, smallest_binade), magic = binade + to_magic;
+    const I steps = (I)(v + (F)magic) - magic;  // with v's sign
+    const I magnitude = max(steps, -steps) + shift_right(binade - smallest_binade, shift);
+    return magnitude | shift_left(shift_right((I)v, 31), sign_bit);
   }
 };
 

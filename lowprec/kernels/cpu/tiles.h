@@ -145,9 +145,11 @@ static inline void round_tiles(const Tiles& plan, Rows<const In> x, Rows<Out> ou
   for (int64_t r = 0; r < rows; r++) {
     const In* from = x[r];
     Out* to = out[r];
-    for (int64_t c = 0; c < cols; c += 2 * kLanes)
-      store_pair(to + c, round(load(from + c), splat(binades[c / C])),
-                 round(load(from + c + kLanes), splat(binades[(c + kLanes) / C])));
+    for (int64_t c = 0; c < cols; c += 2 * kLanes) {
+      const F pair[2] = {load(from + c), load(from + c + kLanes)};
+      const I smallest[2] = {splat(binades[c / C]), splat(binades[(c + kLanes) / C])};
+      emit_in_place(at(to, c), round, pair, smallest);
+    }
   }
 }
 
@@ -157,7 +159,7 @@ static void quantize_tiles(const Tiles& plan, Rows<const In> x, Rows<Out> out, i
                            int64_t col) {
   Scales scales;
   const Care care = scale_tiles<C>(plan, x, rows, cols, row, col, kStochastic, scales);
-  if constexpr (!kStochastic && sizeof(Out) > 1) {
+  if constexpr (!kStochastic) {
     if (care == Care::kNone && plan.scaler.power_of_two) return round_tiles<C>(plan, x, out, rows, cols, scales);
   }
   uint8_t random[kStochastic ? kMostTiles * 16 + 16 * kLanes : 1];
