@@ -182,7 +182,17 @@ class Precision:
 
     def receipt(self) -> dict[str, int]:
         """GEMMs run so far, "fprop e4m3 (fused) x e4m3 (fused) in bfloat16" -> how many."""
+        self._settle()
         return {f"{gemm} {a} x {b} in {product}": n for (gemm, a, b, product), n in sorted(self.shared.counts.items())}
+
+    def forget_receipt(self) -> None:
+        """Count GEMMs from nothing on."""
+        self._settle()
+        self.shared.counts.clear()
+
+    def _settle(self) -> None:
+        for layer in self.layers.values():
+            layer.settle()
 
     def unquantized(self) -> list[str]:
         """Linears that stay the model's own in every phase, and so are in no receipt."""
@@ -190,6 +200,7 @@ class Precision:
 
     def check_ran(self) -> None:
         """After a training step: every swapped linear ran its three GEMMs here. RuntimeError names one that did not."""
+        self._settle()
         if idle := {name: sorted(set(GEMMS) - layer.ran) for name, layer in self.layers.items() if len(layer.ran) < 3}:
             raise RuntimeError(f"linears of the precision table whose GEMMs ran elsewhere or not at all: {idle}")
 

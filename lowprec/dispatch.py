@@ -17,7 +17,7 @@ from lowprec import kernels, reference
 from lowprec.formats import QuantSpec
 from lowprec.kernels import gpu
 from lowprec.philox import RandomKey
-from lowprec.quantized import Axis, Operand, Quantization, QuantizedTensor
+from lowprec.quantized import Axis, Operand, QuantizedTensor
 
 log = logging.getLogger(__name__)
 
@@ -90,13 +90,6 @@ def save(
     if _path(x, spec, axis, key) == FUSED:
         return kernels.quantize(x, spec, axis=axis, key=key, amax=amax, scale=encode_scale, upright=True)
     return quantize(x, spec, axis, key, encode_scale, amax)
-
-
-def streams(x: Tensor, right: Operand, *quantizations: Quantization) -> bool:
-    """Whether `kernels.product` can take these, and is faster than one kernel after the other."""
-    if not kernels.rows_by_rows(x, right):
-        return False
-    return all(_path(x, each.spec, each.axis, each.key) == FUSED for each in quantizations)
 
 
 def amax(x: Tensor, spec: QuantSpec, axis: Axis, key: RandomKey) -> Tensor:

@@ -1,4 +1,4 @@
-"""A linear whose three GEMMs multiply quantized operands: one autograd.Function over the six slots.
+"""A linear whose three GEMMs multiply quantized operands, over the six slots.
 
     fprop   y  = Q(x)  Q(w)^T     x and w along K (in features)
     dgrad   dx = Q(dy) Q(w)       dy and w along N (out features)
@@ -16,6 +16,8 @@ The weight's copies are made once a step (`prepare`) and shared by all micro-bat
 is saved, packed. Random bits depend on the position of the micro-batch, not on a generator: recomputation gives the
 same. The weight gradient goes to autograd, whose accumulator is FP32 (lowprec/zero.py), or into the queue of a split
 backward.
+
+Small GEMMs on a CPU run in one operator where that can compute the same (lowprec/kernels/linear.py).
 """
 
 from __future__ import annotations
@@ -24,24 +26,25 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from errors import UsageError
-from lowprec import dispatch, kernels
+from lowprec import dispatch
 from lowprec.delayed import DelayedScale
 from lowprec.formats import QuantSpec
+from lowprec.kernels.linear import WIDEST, Stream, narrow
 from lowprec.philox import RandomKey, StepContext
-from lowprec.policy import Slots
-from lowprec.quantized import Beside, Operand, Quantization, QuantizedTensor
+from lowprec.policy import GEMMS, Slots
+from lowprec.quantized import Operand, QuantizedTensor
 from lowprec.slots import SLOT_AXES, Place, same_amax, same_both_ways, specs_of
 
 
 class Quantizers(Protocol):
-    """The functions of lowprec/dispatch.py that a linear calls, of which others may stand in: all but `product`."""
+    """The functions of lowprec/dispatch.py that a linear calls."""
 
     path: Callable[..., str]
     operand: Callable[..., Operand]
@@ -83,7 +86,7 @@ class LowPrecisionLinear(nn.Module):
     """Drop-in for an nn.Linear: same parameters under the same names."""
 
     shares = True  # one operand for two GEMMs, where it is the same numbers
-    streams = True  # `product` need not call `operand` and `multiply`: False where those are watched or replaced
+    streams = True  # all may run in one operator: False where `operand` or `multiply` are watched or replaced
 
     def __init__(self, linear: nn.Linear, name: str, slots: Slots, shared: Shared, place: Place | None = None) -> None:
         super().__init__()
@@ -95,12 +98,14 @@ class LowPrecisionLinear(nn.Module):
         self.ran: set[str] = set()  # its GEMMs that have run at least once
         self._copies: dict[str, Operand] = {}
         self._receipts: dict[tuple[str, torch.dtype], tuple[str, str, str, str]] = {}
+        self._made: Stream | Literal[False] | None = None  # of `_stream`; False: there is none; None: not known yet
         self.same: dict[str, bool] = {}  # whether both operands made of a matrix are the same numbers
         self.same_amax: dict[str, bool] = {}  # or are scaled by the same amax
         self.use(slots)
 
     def use(self, slots: Slots) -> None:
         """Take other slots from now on; histories of delayed scaling go on where the format stays."""
+        self.settle()
         self.slots = slots
         self.specs = specs_of(slots)
         for kind in ("x", "w", "dy"):
@@ -119,6 +124,7 @@ class LowPrecisionLinear(nn.Module):
                     )
         self._copies.clear()
         self._receipts.clear()
+        self._made = None
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, scheme={self.slots.scheme}"
@@ -126,15 +132,55 @@ class LowPrecisionLinear(nn.Module):
     @torch.compiler.disable  # the step and the caches are Python state; the rest of a block is compiled around it
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.skip_bias else self.bias
+        if (stream := self._stream_for(x)) is not None:
+            weights = self.weight_operand("fprop.b"), self.weight_operand("dgrad.b")
+            return stream(x, self.weight, bias, weights, self._key, self.wgrad_dtype)
         return _Linear.apply(x, self.weight, bias, self, torch.is_grad_enabled())
+
+    def _stream_for(self, x: Tensor) -> Stream | None:
+        """What computes `forward` and its backward in one operator, where that can be done and is faster."""
+        if self.shared.deferred is not None or x.dtype != torch.bfloat16 or not narrow(x, self.weight):
+            return None
+        if torch.is_grad_enabled() and not (x.requires_grad and self.weight.requires_grad):
+            return None
+        return self._stream()
+
+    def _stream(self) -> Stream | None:
+        shared = self.shared
+        if not (self.streams and shared.pack_saved and shared.keep_weights and shared.quantizers is None):
+            return None
+        if self._made is None:
+            self._made = self._new_stream() or False
+        return self._made or None
+
+    def _new_stream(self) -> Stream | None:
+        weight, split = self.weight, self.place.split if self.place else frozenset()
+        if (self.shared.gemm_dtype, weight.dtype, weight.device.type) != (torch.float32, torch.bfloat16, "cpu"):
+            return None
+        specs: dict[str, QuantSpec] = {}
+        for slot, (kind, axis) in SLOT_AXES.items():
+            spec = self.specs[slot]
+            if spec is None or spec.amax_history or kind in split and (spec.draws or spec.takes_amax):
+                return None
+            if dispatch.path(spec, axis, weight.dtype, "cpu") != dispatch.FUSED:
+                return None
+            specs[slot] = spec
+        return Stream(specs)
+
+    def _key(self, slot: str) -> RandomKey:
+        return self.shared.position.key(self.name, slot, tokens=SLOT_AXES[slot][0] != "w")
 
     @torch.no_grad()
     def prepare(self) -> None:
         """Make the weight's copies of this step; to be called when the weight has changed."""
         self._copies.clear()
-        if self.shared.keep_weights:
-            for slot in ("fprop.b", "dgrad.b"):
-                self._copies[slot] = self.weight_operand(slot)
+        if not self.shared.keep_weights:
+            return
+        if self.weight.numel() <= WIDEST and not self.same["w"] and (stream := self._stream()) is not None:
+            self._copies["fprop.b"], self._copies["dgrad.b"] = stream.weights(self.weight.detach(), self._key)
+            return
+        for slot in ("fprop.b", "dgrad.b"):
+            self._copies[slot] = self.weight_operand(slot)
 
     def weight_operand(self, slot: str) -> Operand:
         """Q(w) for fprop.b or dgrad.b; the two are one where blocks are square or the whole tensor."""
@@ -178,78 +224,6 @@ class LowPrecisionLinear(nn.Module):
         packed = self.shared.kernels.save(piece, spec, axis, key, self._encode_scale(kind, spec), amax)
         self._record(kind, spec, packed.amax)
         return packed
-
-    def product(
-        self,
-        gemm: str,
-        matrix: Tensor,
-        position: StepContext,
-        bias: Tensor | None = None,
-        *,
-        beside: str | None = None,
-        pack: bool = False,
-        training: bool = True,
-    ) -> tuple[Tensor, Tensor | None, Operand | QuantizedTensor | None]:
-        """Multiply a matrix, quantized for its slot in fprop or dgrad, with the weight, and quantize it for `beside`.
-
-        beside: the matrix's slot in wgrad; None: not wanted. pack: to be decoded later
-
-        Returns the product, the amax by which wgrad may scale the matrix, and what it is for `beside`.
-        """
-        kind, right = SLOT_AXES[f"{gemm}.a"][0], self.weight_operand(f"{gemm}.b")
-        if self.streams and (made := self._streamed(gemm, matrix, position, right, bias, beside, pack, training)):
-            return made
-        left = self.operand(f"{gemm}.a", matrix, position, training=training)
-        y, amax = self.multiply(gemm, left, right, bias), left.amax if self.same_amax[kind] else None
-        if beside is None:
-            return y, amax, None
-        if self.same[kind] and not pack:
-            return y, amax, left
-        del left  # memory for the other
-        make = self.pack if pack else self.operand
-        return y, amax, make(beside, matrix, position, amax=amax)
-
-    def _streamed(
-        self,
-        gemm: str,
-        matrix: Tensor,
-        position: StepContext,
-        right: Operand,
-        bias: Tensor | None,
-        beside: str | None,
-        pack: bool,
-        training: bool,
-    ) -> tuple[Tensor, Tensor | None, Operand | QuantizedTensor | None] | None:
-        """`product` by one kernel; None where there is none."""
-        slot, shared = f"{gemm}.a", self.shared
-        if shared.gemm_dtype != torch.float32 or shared.quantizers is not None or matrix.dtype != self.weight.dtype:
-            return None
-        kind = SLOT_AXES[slot][0]
-        keep = beside is not None and self.same[kind] and not pack
-        slots = [slot] if beside is None or keep else [slot, beside]
-        wanted = [found for each in slots if (found := self._quantization(each, matrix, position))]
-        if len(wanted) < len(slots) or not dispatch.streams(matrix, right, *wanted):
-            return None
-        left, other = wanted[0]._replace(amax=self._amax(slot, matrix, position)), None
-        if len(wanted) == 2 and beside is not None:
-            share = self.same_amax[kind] and not left.spec.amax_history  # of which the amax is seen only in passing
-            amax = None if share else self._amax(beside, matrix, position)
-            other = Beside(wanted[1]._replace(amax=amax), pack, share)
-        made = kernels.product(matrix, left, right, turned=gemm == "fprop", bias=bias, keep=keep, beside=other)
-        self.count(gemm, torch.float32)
-        if training:
-            self._record(kind, left.spec, made.left.amax)
-        if other is not None and made.beside is not None:
-            self._record(kind, other.how.spec, made.beside.amax)
-        return made.y, made.left.amax if self.same_amax[kind] else None, made.left if keep else made.beside
-
-    def _quantization(self, slot: str, matrix: Tensor, position: StepContext) -> Quantization | None:
-        """How a slot quantizes its matrix, but for its amax; None: not at all, or in pieces."""
-        spec, (kind, axis) = self.specs[slot], SLOT_AXES[slot]
-        pieces = [] if spec is None else self._pieces(slot, matrix, position)
-        if spec is None or len(pieces) != 1:
-            return None
-        return Quantization(spec, axis, pieces[0][1], self._encode_scale(kind, spec))
 
     def _amax(self, slot: str, matrix: Tensor, position: StepContext) -> Tensor | None:
         """The amax of a matrix of which ranks have parts, if its format scales by it; else None: found on the way."""
@@ -302,9 +276,7 @@ class LowPrecisionLinear(nn.Module):
             for scale, turned in ((a.scale, gemm == "wgrad"), (b.scale, gemm == "fprop"))
             if scale is not None
         ]
-        out = self.weight.dtype
-        if gemm == "wgrad":  # never rounded to less than an FP32 weight has
-            out = torch.promote_types(out, self.shared.wgrad_dtype)
+        out = self.wgrad_dtype if gemm == "wgrad" else self.weight.dtype
         exact = left.dtype == right.dtype == torch.bfloat16
         dtype = self.shared.gemm_dtype if exact else torch.float32
         self.count(gemm, dtype)
@@ -326,8 +298,13 @@ class LowPrecisionLinear(nn.Module):
             product += bias
         return product.to(out)
 
-    def count(self, gemm: str, product: torch.dtype) -> None:
-        """Note one GEMM for the receipt: its operands' elements, what quantized them, and the product's dtype."""
+    @property
+    def wgrad_dtype(self) -> torch.dtype:
+        """Of the weight gradient as it leaves its GEMM: never less than an FP32 weight has."""
+        return torch.promote_types(self.weight.dtype, self.shared.wgrad_dtype)
+
+    def count(self, gemm: str, product: torch.dtype, times: int = 1) -> None:
+        """Note GEMMs for the receipt: their operands' elements, what quantized them, and the products' dtype."""
         if (gemm, product) not in self._receipts:
             words, place = [], (self.weight.dtype, self.weight.device.type)
             for side in ("a", "b"):
@@ -335,8 +312,17 @@ class LowPrecisionLinear(nn.Module):
                 path = "" if spec is None else self.shared.kernels.path(spec, axis, *place)
                 words.append("high" if spec is None else f"{spec.element} ({path})")
             self._receipts[gemm, product] = (gemm, words[0], words[1], str(product).removeprefix("torch."))
-        self.shared.counts[self._receipts[gemm, product]] += 1
+        self.shared.counts[self._receipts[gemm, product]] += times
         self.ran.add(gemm)
+
+    def settle(self) -> None:
+        """Note the GEMMs that one operator ran; to be called before anyone looks at the counts."""
+        if not self._made:
+            return
+        for gemm, times in zip(GEMMS, self._made.ran.tolist(), strict=True):
+            if times:
+                self.count(gemm, torch.float32, times)
+        self._made.ran.zero_()
 
 
 class _Linear(torch.autograd.Function):
@@ -347,19 +333,23 @@ class _Linear(torch.autograd.Function):
         shared, matrix = layer.shared, x.reshape(-1, layer.in_features)
         ctx.layer, ctx.position, ctx.shape = layer, shared.position, x.shape
         ctx.deferred, ctx.has_bias = shared.deferred, bias is not None
-        saving = training and weight.requires_grad
-        pack = layer.specs["wgrad.b"] is not None and shared.pack_saved
-        beside = "wgrad.b" if saving else None
-        y, _, saved = layer.product(
-            "fprop", matrix, shared.position, bias, beside=beside, pack=saving and pack, training=training
-        )
+        found = layer.operand("fprop.a", matrix, shared.position, training=training)
+        y = layer.multiply("fprop", found, layer.weight_operand("fprop.b"), bias)
+        amax = found.amax if layer.same_amax["x"] else None
         ctx.packed = None
-        # Tensors go through save_for_backward, so that activation recomputation can drop them.
-        if isinstance(saved, QuantizedTensor):
-            ctx.packed = (saved.spec, saved.axis, saved.shape, saved.upright)
-            ctx.save_for_backward(saved.codes, saved.scales, saved.amax)
-        elif saved is not None:
-            ctx.save_for_backward(*saved)
+        if not (training and weight.requires_grad):
+            return y.view(*x.shape[:-1], layer.out_features)
+        if layer.specs["wgrad.b"] is not None and shared.pack_saved:
+            del found  # memory for the codes
+            packed = layer.pack("wgrad.b", matrix, shared.position, amax)
+            # Tensors go through save_for_backward, so that activation recomputation can drop them.
+            ctx.packed = (packed.spec, packed.axis, packed.shape, packed.upright)
+            ctx.save_for_backward(packed.codes, packed.scales, packed.amax)
+        else:
+            if not layer.same["x"]:
+                del found
+                found = layer.operand("wgrad.b", matrix, shared.position, amax=amax)
+            ctx.save_for_backward(*found)
         return y.view(*x.shape[:-1], layer.out_features)
 
     @staticmethod
@@ -368,10 +358,11 @@ class _Linear(torch.autograd.Function):
         dy = gradients[0].reshape(-1, layer.out_features)
         dx = dw = db = amax = found = None
         if ctx.needs_input_grad[0]:
-            # a queue keeps dy rather than what is decoded of it
-            beside = "wgrad.a" if ctx.needs_input_grad[1] and ctx.deferred is None else None
-            dx, amax, found = layer.product("dgrad", dy, ctx.position, beside=beside)
-            dx = dx.view(ctx.shape)
+            found = layer.operand("dgrad.a", dy, ctx.position)
+            dx = layer.multiply("dgrad", found, layer.weight_operand("dgrad.b")).view(ctx.shape)
+            amax = found.amax if layer.same_amax["dy"] else None
+            if not layer.same["dy"] or ctx.deferred is not None:  # a queue keeps dy rather than what is decoded of it
+                found = None
         if ctx.needs_input_grad[1]:
             saved, packed, position = ctx.saved_tensors, ctx.packed, ctx.position
 
@@ -381,7 +372,6 @@ class _Linear(torch.autograd.Function):
                     whole = QuantizedTensor(*saved, *packed)
                     x = layer.shared.kernels.decode(whole, layer.decoded(whole.spec), layer.weight.dtype)
                 a = layer.operand("wgrad.a", dy, position, amax=amax) if found is None else found
-                assert isinstance(a, Operand)
                 return layer.multiply("wgrad", a, x)
 
             if ctx.deferred is None:

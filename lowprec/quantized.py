@@ -25,7 +25,6 @@ from torch import Tensor
 from errors import UsageError
 from lowprec.codec import decode, pack4, unpack4
 from lowprec.formats import QuantSpec
-from lowprec.philox import RandomKey
 from lowprec.scales import power_of_code, scale_format, tensor_decode_scale
 
 Axis = Literal[0, -1]
@@ -43,33 +42,6 @@ class Operand(NamedTuple):
     values: Tensor
     scale: Tensor | None
     amax: Tensor | None
-
-
-class Quantization(NamedTuple):
-    """What turns a matrix into the operand of one GEMM.
-
-    key:    for stochastic rounding and random signs
-    scale:  FP32 scalar, encode scale of delayed scaling
-    amax:   FP32 scalar instead of the matrix's own, where `spec.takes_amax`
-    """
-
-    spec: QuantSpec
-    axis: Axis
-    key: RandomKey | None = None
-    scale: Tensor | None = None
-    amax: Tensor | None = None
-
-
-class Beside(NamedTuple):
-    """A second quantization of a matrix, for another GEMM.
-
-    pack:       to codes and scales rather than to an operand
-    same_amax:  it is scaled by the amax that the first one finds
-    """
-
-    how: Quantization
-    pack: bool = False
-    same_amax: bool = False
 
 
 def block_of(spec: QuantSpec, axis: Axis, rows: int, cols: int) -> tuple[int, int]:

@@ -306,7 +306,7 @@ class Run:
                 f"it was saved and is {found!r} now ({limit}); the data, the machine or the code are not those of the "
                 "saved run"
             )
-        self.precision.shared.counts.clear()  # the receipt speaks of training
+        self.precision.forget_receipt()  # which speaks of training
         self.records.message(f"replayed the batch of step {start.step}: loss {found:.6f}, saved {saved['loss']:.6f}")
 
 

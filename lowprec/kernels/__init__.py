@@ -6,8 +6,8 @@ that the processor decides between at run time and that give equal results. As o
 (torch.ops.lowprec_cpu) with versions for meta and fake tensors they may stand in compiled graphs.
 
 The row and the column copy of a matrix are two passes. One that writes both was tried and is slower (MXFP8, 4 M
-numbers: 2.1 ms against 0.7 + 0.8): the tile that the column scales need makes both results strided. `product` makes
-them and the GEMM some rows at a time, where the weight is small: training steps of mxfp8_10m take 2 to 3 % less.
+numbers: 2.1 ms against 0.7 + 0.8): the tile that the column scales need makes both results strided. Where the
+weight is small, both and their GEMM are made some rows at a time (linear.py).
 """
 
 from __future__ import annotations
@@ -24,15 +24,7 @@ from lowprec.kernels import build
 from lowprec.kernels.support import Use, integers
 from lowprec.kernels.support import supports as _supports
 from lowprec.philox import RandomKey
-from lowprec.quantized import (
-    Axis,
-    Beside,
-    Operand,
-    Quantization,
-    QuantizedTensor,
-    check_operand_dtype,
-    in_epilogue,
-)
+from lowprec.quantized import Axis, Operand, QuantizedTensor, check_operand_dtype, in_epilogue
 
 __all__ = ["amax", "available", "operand", "quantize", "supports", "unavailable_because", "unpack"]
 
@@ -183,75 +175,6 @@ def quantize(
     if turn:
         codes, scales = codes.contiguous(), scales.T.contiguous()
     return QuantizedTensor(codes, scales, found if call.has_amax else None, spec, axis, (rows, cols), upright)
-
-
-class Product(NamedTuple):
-    """y: x's dtype; left: the quantized matrix, its values empty unless they were to be kept; beside: the other one."""
-
-    y: Tensor
-    left: Operand
-    beside: Operand | QuantizedTensor | None
-
-
-WIDEST = 1 << 19  # elements of the other operand, which every thread should keep in its second-level cache
-
-
-def rows_by_rows(x: Tensor, right: Operand) -> bool:
-    """Whether `product` can multiply the two and is faster than one kernel after the other."""
-    values, scale = right.values, right.scale
-    if x.dtype != torch.bfloat16 or values.dtype != torch.float32 or scale is not None and scale.ndim:
-        return False
-    return x.is_cpu and values.numel() <= WIDEST and x.shape[0] >= 128 * torch.get_num_threads()
-
-
-def product(
-    x: Tensor,
-    left: Quantization,
-    right: Operand,
-    *,
-    turned: bool,
-    bias: Tensor | None = None,
-    keep: bool = False,
-    beside: Beside | None = None,
-) -> Product:
-    """A GEMM that quantizes x on the way: `operand`, an FP32 GEMM with its factors, and one rounding.
-
-    All that is quantized is equal to the results of these functions; sums may be added in another order than a GEMM of
-    whole matrices adds in.
-
-    x:       [rows, k], bfloat16
-    right:   its values [k, n] or (turned) [n, k], float32; its scale a scalar or None
-    keep:    give the quantized x, too
-    beside:  what else to make of x: float32 values, or what `quantize(..., upright=True)` gives
-    """
-    call, more = _call(left.spec, left.axis, "operand"), None
-    inputs: list[Tensor | None] = [None] * 4
-    if beside is not None:
-        how = beside.how
-        more = _call(how.spec, how.axis, "save" if beside.pack else "operand")
-        inputs = [how.amax, how.scale, *more.drawn(how.spec, how.key)]
-    y, values, after, amax, *other = torch.ops.lowprec_cpu.product.default(
-        x.contiguous(),
-        [left.amax, left.scale, *call.drawn(left.spec, left.key)],
-        call.integers,
-        right.values,
-        turned,
-        right.scale,
-        bias,
-        keep,
-        inputs,
-        more.integers if more else (),
-        torch.uint8 if beside and beside.pack else torch.float32,
-        beside is not None and beside.same_amax,
-    )
-    made = Operand(values, after if call.has_scale else None, amax if call.has_amax else None)
-    if beside is None or more is None:
-        return Product(y, made, None)
-    found = other[3] if more.has_amax else None
-    if not beside.pack:
-        return Product(y, made, Operand(other[0], other[2] if more.has_scale else None, found))
-    shape = (x.shape[0], x.shape[1])
-    return Product(y, made, QuantizedTensor(other[0], other[1], found, beside.how.spec, beside.how.axis, shape, True))
 
 
 def unpack(packed: QuantizedTensor, dtype: torch.dtype = torch.bfloat16) -> Operand:

@@ -79,35 +79,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> pack(const at::Tensor
   return {task.out(), task.scales(), scalar(task.after()), scalar(task.amax())};
 }
 
-at::Tensor unpack(const at::Tensor& codes, const at::Tensor& scales, at::IntArrayRef spec_values, int64_t length,
-                  at::ScalarType dtype) {
-  const Spec spec = parse(spec_values);
-  const bool pairs = spec.sign_bit == 3;
-  TORCH_CHECK(codes.dim() == 2 && codes.is_contiguous() && codes.scalar_type() == at::kByte &&
-                  codes.size(1) == (pairs ? (length + 1) / 2 : length) && scales.dim() == 2 && scales.is_contiguous(),
-              "codes and scales must be contiguous matrices that fit the spec");
-  at::Tensor out = at::empty({codes.size(0), length}, codes.options().dtype(dtype));
-  DecodeJob job{};
-  job.codes = codes.const_data_ptr(), job.scales = scales.const_data_ptr(), job.out = out.mutable_data_ptr();
-  job.rows = codes.size(0), job.cols = length, job.scale_cols = scales.size(1);
-  job.code_type = pairs ? Type::kCode4 : Type::kCode8;
-  job.out_type = type_of(dtype);
-  const bool turned = spec.columns && !spec.upright;  // codes are kept with the quantization axis last
-  job.block_rows = turned ? spec.block_cols : spec.block_rows;
-  job.block_cols = turned ? spec.block_rows : spec.block_cols;
-  job.element = element_of(spec);
-  job.rule = (Rule)spec.rule;
-  const bool wide = has_wide_scales(spec);
-  TORCH_CHECK(job.rule == Rule::kGiven || (scales.scalar_type() == (wide ? at::kFloat : at::kByte) &&
-                                           scales.size(0) >= (job.rows + job.block_rows - 1) / job.block_rows &&
-                                           scales.size(1) >= (job.cols + job.block_cols - 1) / job.block_cols),
-              "scales do not fit the codes");
-  const Kernels& kernels = kernels_in_use();
-  at::parallel_for(0, job.rows, std::max<int64_t>(1, 32768 / length),
-                   [&](int64_t begin, int64_t end) { kernels.dequantize(job, begin, end); });
-  return out;
-}
-
 at::Tensor amax(const at::Tensor& x, const MaybeTensor& signs, int64_t axis) {
   Spec spec{};
   spec.columns = axis == 0;

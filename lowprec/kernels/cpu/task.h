@@ -57,6 +57,8 @@ Element element_of(const Spec& spec);
 bool has_wide_scales(const Spec& spec);  // FP32 ones
 Type type_of(at::ScalarType dtype);
 float amax_of(Job job);
+at::Tensor unpack(const at::Tensor& codes, const at::Tensor& scales, at::IntArrayRef spec_values, int64_t length,
+                  at::ScalarType dtype);  // the values of packed codes
 at::Tensor scalar(float value);
 float value_of(const at::Tensor& scalar, const char* name);
 
