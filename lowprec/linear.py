@@ -17,7 +17,7 @@ is saved, packed. Random bits depend on the position of the micro-batch, not on 
 same. The weight gradient goes to autograd, whose accumulator is FP32 (lowprec/zero.py), or into the queue of a split
 backward.
 
-Small GEMMs on a CPU run in one operator where that can compute the same (lowprec/kernels/linear.py).
+Where a CPU multiplies in FP32, all of it is one operator if that can compute the same (lowprec/kernels/linear.py).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from errors import UsageError
 from lowprec import dispatch
 from lowprec.delayed import DelayedScale
 from lowprec.formats import QuantSpec
-from lowprec.kernels.linear import WIDEST, Stream, narrow
+from lowprec.kernels.linear import Stream
 from lowprec.philox import RandomKey, StepContext
 from lowprec.policy import GEMMS, Slots
 from lowprec.quantized import Operand, QuantizedTensor
@@ -138,10 +138,9 @@ class LowPrecisionLinear(nn.Module):
         return _Linear.apply(x, self.weight, bias, self, torch.is_grad_enabled())
 
     def _stream_for(self, x: Tensor) -> Stream | None:
-        """What computes `forward` and its backward in one operator, where that can be done and is faster."""
-        if self.shared.deferred is not None or x.dtype != torch.bfloat16 or not narrow(x, self.weight):
-            return None
-        if torch.is_grad_enabled() and not (x.requires_grad and self.weight.requires_grad):
+        """What computes `forward` and its backward in one operator, where it can; that is faster."""
+        trains = x.requires_grad and self.weight.requires_grad
+        if self.shared.deferred is not None or x.dtype != torch.bfloat16 or torch.is_grad_enabled() and not trains:
             return None
         return self._stream()
 
@@ -176,7 +175,7 @@ class LowPrecisionLinear(nn.Module):
         self._copies.clear()
         if not self.shared.keep_weights:
             return
-        if self.weight.numel() <= WIDEST and not self.same["w"] and (stream := self._stream()) is not None:
+        if not self.same["w"] and (stream := self._stream()) is not None:
             self._copies["fprop.b"], self._copies["dgrad.b"] = stream.weights(self.weight.detach(), self._key)
             return
         for slot in ("fprop.b", "dgrad.b"):

@@ -1,10 +1,9 @@
-"""A low-precision linear as one differentiable operator, for GEMMs that are small on a CPU.
+"""A low-precision linear as one differentiable operator, for CPUs that multiply in FP32.
 
-What lowprec/linear.py does step by step, with the same quantizers, random bits and factors; sums of fprop and dgrad may
-be added in another order than a GEMM of whole matrices adds in. A small GEMM leaves little to hide behind: as whole
-matrices, the FP32 copies of its operands pass through memory twice, kernels wait for each other's threads, and Python
-between GEMMs finds the caches cold. Here threads take some rows through quantizers and GEMM (cpu/product.h), in the
-backward, too, without Python.
+What lowprec/linear.py does step by step, with the same quantizers, random bits and factors. The copies of a matrix for
+two GEMMs are made in one go, and no Python runs between GEMMs, where it finds the caches cold. Where GEMMs are small,
+threads take some rows after the others through quantizers and GEMM (cpu/product.h); sums may be added in another order
+then.
 """
 
 from __future__ import annotations
@@ -25,13 +24,6 @@ from lowprec.slots import SLOT_AXES, same_amax, same_both_ways
 # in the order of `Slot` in cpu/linear_ops.cpp
 SLOTS: dict[str, Use] = {"fprop.a": "operand", "wgrad.b": "save", "dgrad.a": "operand", "wgrad.a": "operand"}
 WEIGHTS: dict[str, Use] = {"fprop.b": "operand", "dgrad.b": "operand"}
-WIDEST = 1 << 19  # elements of a weight that every thread can keep in its second-level cache
-
-
-def narrow(x: Tensor, weight: Tensor) -> bool:
-    """Whether one operator is faster than one kernel after the other; x [..., in], weight [out, in]."""
-    rows = x.numel() // weight.shape[1]
-    return x.is_cpu and weight.numel() <= WIDEST and rows >= 128 * torch.get_num_threads()
 
 
 class _Slots:

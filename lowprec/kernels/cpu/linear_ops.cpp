@@ -11,7 +11,6 @@
 // wgrad.a by that of dgrad.a, and whether wgrad.a is the same numbers as dgrad.a. saves: for a backward. ran: int64 [3],
 // counts the GEMMs.
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
@@ -50,10 +49,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> weights(const at::Ten
   const Slots slots{specs.vec(), inputs};
   Task fprop(weight, slots.of(0), slots.spec(0)), dgrad(weight, slots.of(1), slots.spec(1));
   fprop.write_values(at::kFloat), dgrad.write_values(at::kFloat);
-  at::parallel_for(0, (weight.size(0) + Task::kRows - 1) / Task::kRows, 1, [&](int64_t begin, int64_t end) {
-    const int64_t rows = (end - begin) * Task::kRows;
-    fprop.run_rows(begin * Task::kRows, rows), dgrad.run_rows(begin * Task::kRows, rows);
-  });
+  run_together(fprop, &dgrad);
   return {fprop.out(), scalar(fprop.after()), dgrad.out(), scalar(dgrad.after())};
 }
 
@@ -78,14 +74,14 @@ struct Linear : torch::autograd::Function<Linear> {
     TORCH_CHECK(specs.size() == kSlots * kIntegers && inputs.size() == 2 * kSlots, "specs or inputs of four slots");
     Slots slots{specs.vec(), inputs};
     const at::Tensor matrix = x.reshape({-1, x.size(-1)}).contiguous();
-    const Task left(matrix, slots.of(kFpropA), slots.spec(kFpropA));
+    Task left(matrix, slots.of(kFpropA), slots.spec(kFpropA));
     std::optional<Task> saved;
     if (saves) {
       const MaybeTensor amax = shares[kSameAmaxOfX] ? MaybeTensor(scalar(left.amax())) : std::nullopt;
       saved.emplace(matrix, slots.of(kWgradB, amax), slots.spec(kWgradB));
       saved->write_codes();
     }
-    const at::Tensor y = multiply_rows(matrix, left, saved ? &*saved : nullptr, w_fprop, true, factor_of(w_fprop_scale),
+    const at::Tensor y = multiply(matrix, left, saved ? &*saved : nullptr, w_fprop, true, factor_of(w_fprop_scale),
                                        bias, nullptr);
     ran.mutable_data_ptr<int64_t>()[0]++;
     std::vector<int64_t> shape = x.sizes().vec();
@@ -110,7 +106,7 @@ struct Linear : torch::autograd::Function<Linear> {
     const at::Tensor dy = gradients[0].reshape({-1, gradients[0].size(-1)}).contiguous();
     variable_list found(kArguments);
 
-    const Task left(dy, slots.of(kDgradA), slots.spec(kDgradA));
+    Task left(dy, slots.of(kDgradA), slots.spec(kDgradA));
     std::optional<Task> other;
     at::Tensor values;
     if (!given.shares[kSameDy]) {
@@ -119,7 +115,7 @@ struct Linear : torch::autograd::Function<Linear> {
       other->write_values(at::kFloat);
       values = other->out();
     }
-    const at::Tensor dx = multiply_rows(dy, left, other ? &*other : nullptr, given.w, false, given.w_after, std::nullopt,
+    const at::Tensor dx = multiply(dy, left, other ? &*other : nullptr, given.w, false, given.w_after, std::nullopt,
                                         other ? nullptr : &values);
     const variable_list packed = ctx->get_saved_variables();
     const at::Tensor x = unpack(packed[0], packed[1], slots.spec(kWgradB), given.x_shape.back(), at::kFloat);

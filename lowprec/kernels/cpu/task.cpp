@@ -183,6 +183,22 @@ void Task::run_rows(int64_t first, int64_t count, float* values) const {
   kernels.quantize(part, 0, kernels.items(part));
 }
 
+// Rows after rows, so that the second one finds them in the cache; with few rows a thread each, one after the other.
+void run_together(const Task& one, const Task* other) {
+  const int64_t parts = (one.rows() + Task::kRows - 1) / Task::kRows;
+  if (parts < at::get_num_threads()) {
+    one.run();
+    if (other) other->run();
+    return;
+  }
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; part++) {
+      one.run_rows(part * Task::kRows, Task::kRows);
+      if (other) other->run_rows(part * Task::kRows, Task::kRows);
+    }
+  });
+}
+
 float Task::amax() const { return job_.amax_seen ? std::bit_cast<float>(seen_) : amax_; }
 
 at::Tensor unpack(const at::Tensor& codes, const at::Tensor& scales, at::IntArrayRef spec_values, int64_t length,

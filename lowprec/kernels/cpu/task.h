@@ -35,6 +35,7 @@ class Task {
   // lie as x does.
   void run_rows(int64_t first, int64_t count, float* values = nullptr) const;
 
+  int64_t rows() const { return job_.x_rows; }
   int64_t cols() const { return job_.cols; }
   const at::Tensor& out() const { return out_; }
   const at::Tensor& scales() const { return scales_; }
@@ -50,6 +51,8 @@ class Task {
   float after_ = 1.0f, amax_ = 0.0f;
   int32_t seen_ = 0;
 };
+
+void run_together(const Task& one, const Task* other);  // of the same matrix; other: null or another one
 
 Spec parse(at::IntArrayRef values);
 Job job_of(const at::Tensor& x, const Spec& spec, const MaybeTensor& signs, const MaybeTensor& random);
