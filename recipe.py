@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -257,9 +258,9 @@ def load_policy(name: str) -> Policy:
 
 
 def from_dict(tree: dict[str, Any], source: str) -> Recipe:
-    """Check keys and types, not values. Raises UsageError."""
-    if unknown := list(_unknown_keys(tree, Recipe, ())):
-        raise UsageError(f"{source}:\n" + "\n".join(f"  {message}" for message in unknown))
+    """Check keys and types, and of values that they are finite. Raises UsageError."""
+    if wrong := [*_unknown_keys(tree, Recipe, ()), *_not_finite(tree, ())]:
+        raise UsageError(f"{source}:\n" + "\n".join(f"  {message}" for message in wrong))
     try:
         # JSON mode is the strict one that takes lists for tuples: "3" is no integer, 1 is no boolean.
         return _adapter().validate_json(json.dumps(tree), strict=True)
@@ -302,6 +303,14 @@ def _unknown_keys(tree: dict[str, Any], cls: type, path: tuple[str, ...]):
                     for name in sorted(each.keys() - known):
                         where = f"{'.'.join(here)}[{index}].{name}"
                         yield f"unknown key {where}{_nearest(name, sorted(known))}"
+
+
+def _not_finite(value: Any, path: tuple[str, ...]):
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{'.'.join(path)} is {value}: numbers are finite"
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield from _not_finite(child, (*path, str(key)))
 
 
 def _paths(cls: Any, prefix: str = ""):

@@ -146,7 +146,7 @@ class LowPrecisionLinear(nn.Module):
 
     def _stream(self) -> Stream | None:
         shared = self.shared
-        if not (self.streams and shared.pack_saved and shared.keep_weights and shared.quantizers is None):
+        if not (self.streams and shared.keep_weights and shared.quantizers is None):
             return None
         if self._made is None:
             self._made = self._new_stream() or False
@@ -164,7 +164,7 @@ class LowPrecisionLinear(nn.Module):
             if dispatch.path(spec, axis, weight.dtype, "cpu") != dispatch.FUSED:
                 return None
             specs[slot] = spec
-        return Stream(specs)
+        return Stream(specs, packs=self.shared.pack_saved)
 
     def _key(self, slot: str) -> RandomKey:
         return self.shared.position.key(self.name, slot, tokens=SLOT_AXES[slot][0] != "w")

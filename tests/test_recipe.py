@@ -103,6 +103,7 @@ def test_overrides_win(write, spelling):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("model.norm_eps=1e400", ["model.norm_eps is inf", "finite"]),
         ("train.stpes=3", ["unknown key train.stpes", "did you mean train.steps?"]),
         ("train.lr=3", ["unknown key train.lr", "did you mean optimizer.lr?"]),
         ("traim.steps=3", ["unknown key traim", "did you mean train?"]),

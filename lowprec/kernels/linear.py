@@ -8,7 +8,7 @@ then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -22,14 +22,16 @@ from lowprec.quantized import Operand
 from lowprec.slots import SLOT_AXES, same_amax, same_both_ways
 
 # in the order of `Slot` in cpu/linear_ops.cpp
-SLOTS: dict[str, Use] = {"fprop.a": "operand", "wgrad.b": "save", "dgrad.a": "operand", "wgrad.a": "operand"}
-WEIGHTS: dict[str, Use] = {"fprop.b": "operand", "dgrad.b": "operand"}
+SLOTS = ("fprop.a", "wgrad.b", "dgrad.a", "wgrad.a")
+WEIGHTS = ("fprop.b", "dgrad.b")
+NOTHING, CODES, VALUES = range(3)  # `Saves`
 
 
 class _Slots:
-    """Some slots as an operator takes them."""
+    """Some slots as an operator takes them. packed: of which codes are wanted."""
 
-    def __init__(self, specs: Mapping[str, QuantSpec], uses: Mapping[str, Use]) -> None:
+    def __init__(self, specs: Mapping[str, QuantSpec], slots: Sequence[str], packed: str | None = None) -> None:
+        uses: dict[str, Use] = {slot: "save" if slot == packed else "operand" for slot in slots}
         self.calls = [(slot, specs[slot], _call(specs[slot], SLOT_AXES[slot][1], use)) for slot, use in uses.items()]
         self.integers = tuple(chain.from_iterable(call.integers for _, _, call in self.calls))
 
@@ -42,13 +44,15 @@ class Stream:
     """The operator for one linear.
 
     specs: of its slots, for matrices that this rank has whole, with no amax history; kernels support them
+    packs: the input is saved as codes and scales, else decoded
     ran:   int64 [3], fprop, dgrad and wgrad GEMMs so far
     """
 
-    def __init__(self, specs: Mapping[str, QuantSpec]) -> None:
-        self._slots, self._weights = _Slots(specs, SLOTS), _Slots(specs, WEIGHTS)
-        dy = specs["dgrad.a"], specs["wgrad.a"]
-        self._shares = [same_amax(specs["fprop.a"], specs["wgrad.b"]), same_amax(*dy), same_both_ways(*dy)]
+    def __init__(self, specs: Mapping[str, QuantSpec], *, packs: bool = True) -> None:
+        self._slots, self._weights = _Slots(specs, SLOTS, "wgrad.b" if packs else None), _Slots(specs, WEIGHTS)
+        pairs = [(specs["fprop.a"], specs["wgrad.b"]), (specs["dgrad.a"], specs["wgrad.a"])]
+        self._shares = [share(*pair) for pair in pairs for share in (same_amax, same_both_ways)]
+        self._saves = CODES if packs else VALUES
         self.ran = torch.zeros(3, dtype=torch.int64)
 
     def weights(self, weight: Tensor, key: Callable[[str], RandomKey]) -> tuple[Operand, Operand]:
@@ -86,7 +90,7 @@ class Stream:
             self._slots.inputs(key),
             self._slots.integers,
             self._shares,
+            self._saves if torch.is_grad_enabled() else NOTHING,
             wgrad_dtype,
-            torch.is_grad_enabled(),
             self.ran,
         )
