@@ -284,7 +284,9 @@ class Run:
         parallel, micro_batch = self.recipe.parallel, self.recipe.train.micro_batch
         sp = {"sp": parallel.sp, "sp_payload": parallel.sp_payload}
         layers = "te" if self.local.backend is not None and self.local.backend.te else "emulate"
-        return self.layout() | sp | {"micro_batch": micro_batch, "device": self.device.type, "backend": layers}
+        threads = torch.get_num_threads() if self.device.type == "cpu" else None  # each multiplies some of the rows
+        machine = {"device": self.device.type, "threads": threads, "backend": layers}
+        return self.layout() | sp | {"micro_batch": micro_batch} | machine
 
     def prove_resume(self, start: checkpoint.Checkpoint) -> None:
         """Replay what `start` noted when it was saved; CheckpointError if it is not the same. Collective."""
@@ -300,7 +302,7 @@ class Run:
             return
         found, same = self.replay(saved["samples"]), saved["by"] == self._arithmetic()
         if not math.isclose(found, saved["loss"], rel_tol=0.0 if same else 0.01):
-            limit = "the same layout: they must be equal" if same else "another layout, limit 1 %"
+            limit = "the same layout: they must be equal" if same else "another layout, number of threads or version, limit 1 %"
             raise CheckpointError(
                 f"{start.path}: the loss of its weights on the batch of step {start.step} was {saved['loss']!r} when "
                 f"it was saved and is {found!r} now ({limit}); the data, the machine or the code are not those of the "

@@ -19,7 +19,7 @@ Spec parse(at::IntArrayRef values) {
 
 static float as_float(int64_t bits) { return std::bit_cast<float>((uint32_t)bits); }
 
-Element element_of(const Spec& spec) {
+static Element element_of(const Spec& spec) {
   return {(int32_t)spec.mantissa_bits, (int32_t)spec.min_exponent, (int32_t)spec.sign_bit,   (int32_t)spec.nan_code,
           (int32_t)spec.inf_code,      spec.twos_complement != 0,  as_float(spec.max_bits)};
 }
@@ -60,7 +60,7 @@ Job job_of(const at::Tensor& x, const Spec& spec, const MaybeTensor& signs, cons
   return job;
 }
 
-bool has_wide_scales(const Spec& spec) { return (Rule)spec.rule == Rule::kFp32 || (Rule)spec.rule == Rule::kPow2; }
+static bool has_wide_scales(const Spec& spec) { return (Rule)spec.rule == Rule::kFp32 || (Rule)spec.rule == Rule::kPow2; }
 
 static int64_t row_bytes(const Job& job) {  // of what is written
   switch (job.out_type) {

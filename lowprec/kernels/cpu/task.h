@@ -1,4 +1,4 @@
-// Quantizers of tensors, of which the operators are made: of one matrix (ops.cpp) and of a GEMM's operand (product_ops.cpp).
+// Quantizers of tensors, of which the operators are made: those of one matrix (ops.cpp) and of a linear (linear_ops.cpp).
 #pragma once
 #include <ATen/ATen.h>
 
@@ -56,8 +56,6 @@ void run_together(const Task& one, const Task* other);  // of the same matrix; o
 
 Spec parse(at::IntArrayRef values);
 Job job_of(const at::Tensor& x, const Spec& spec, const MaybeTensor& signs, const MaybeTensor& random);
-Element element_of(const Spec& spec);
-bool has_wide_scales(const Spec& spec);  // FP32 ones
 Type type_of(at::ScalarType dtype);
 float amax_of(Job job);
 at::Tensor unpack(const at::Tensor& codes, const at::Tensor& scales, at::IntArrayRef spec_values, int64_t length,
