@@ -302,7 +302,7 @@ class Run:
             return
         found, same = self.replay(saved["samples"]), saved["by"] == self._arithmetic()
         if not math.isclose(found, saved["loss"], rel_tol=0.0 if same else 0.01):
-            limit = "the same layout: they must be equal" if same else "another layout, number of threads or version, limit 1 %"
+            limit = "the same layout: they must be equal" if same else "another layout or thread count, limit 1 %"
             raise CheckpointError(
                 f"{start.path}: the loss of its weights on the batch of step {start.step} was {saved['loss']!r} when "
                 f"it was saved and is {found!r} now ({limit}); the data, the machine or the code are not those of the "
